@@ -1,0 +1,1 @@
+"""Distillation of transformer encoders by self-attention relations (MiniLM, MiniLMv2)."""

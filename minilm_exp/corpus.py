@@ -1,0 +1,371 @@
+"""Tokenised corpus: blocks of token ids on disk, under a key of everything that shaped them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy
+import torch
+import xxhash
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from minilm_exp.documents import demo_file, read_documents, read_token_ids, sentences
+from minilm_exp.errors import ExperimentError
+from minilm_exp.provenance import fingerprint_files, fingerprint_text
+from minilm_exp.settings import Corpus, Settings, matching_files
+
+# Raised when the files below change their meaning, so that old caches are left alone.
+CACHE_VERSION = 1
+
+_BATCH_DOCUMENTS = 256
+_PARTS = ("train", "validation")
+_log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+
+
+class Blocks(torch.utils.data.Dataset):
+    """Examples of one part of a corpus, read from disk as they are asked for."""
+
+    def __init__(self, folder: Path, part: str, dtype: str) -> None:
+        self.offsets = numpy.fromfile(folder / f"{part}.offsets", dtype=numpy.int64)
+        self.ids = numpy.memmap(folder / f"{part}.ids", dtype=dtype, mode="r")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = self.ids[self.offsets[index] : self.offsets[index + 1]]
+        return {"input_ids": torch.from_numpy(ids.astype(numpy.int64))}
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all examples, special tokens included."""
+        return int(self.offsets[-1])
+
+
+@dataclass
+class PreparedCorpus:
+    """A corpus that is ready to train on."""
+
+    folder: Path
+    fingerprint: str
+    train: Blocks
+    validation: Blocks
+    num_documents: int
+    num_truncated: int
+
+    def held_out_documents(self) -> list[str]:
+        """Texts of the documents that are not trained on, in order."""
+        with (self.folder / "held_out.jsonl").open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+
+def prepare_corpus(
+    settings: Settings, tokenizer: PreTrainedTokenizerFast, fingerprint: str
+) -> PreparedCorpus:
+    """Tokenises and packs the corpus, or opens the cache of an earlier time.
+
+    Documents are tokenised whole. With packing, the documents of a part, each closed by the
+    separator token, form one stream that is cut into blocks; a block is the tokenizer's first
+    special token, its share of the stream and the separator, exactly block_length tokens, and
+    what does not fill the last block is left out. Attention reaches over document borders within
+    a block, as in RoBERTa's FULL-SENTENCES; the MiniLM papers do not say what they do. Without
+    packing each document is an example of its own, cut off at block_length tokens.
+
+    A document belongs to the held-out part by a hash of its text, so equal documents never stand
+    on both sides, and adding text moves none of the old. The first document is always held out.
+
+    Raises:
+        ExperimentError: The corpus is unreadable, or too small for one block in each part.
+    """
+    corpus = settings.corpus
+    key = fingerprint_text(
+        json.dumps(
+            [
+                CACHE_VERSION,
+                fingerprint,
+                fingerprint_text(tokenizer.backend_tokenizer.to_str()),
+                corpus.block_length,
+                corpus.packing,
+                corpus.split,
+                corpus.held_out_fraction,
+            ],
+        )
+    )
+    folder = settings.outputs / "cache" / "corpus" / key
+    meta = _read_cache(folder)
+    if meta is None:
+        _build_cache(settings, tokenizer, folder)
+        meta = _read_cache(folder)
+        if meta is None:
+            raise ExperimentError(f"{folder} is damaged right after it was written: bad disk?")
+    parts = {part: Blocks(folder, part, meta["dtype"]) for part in _PARTS}
+    return PreparedCorpus(
+        folder=folder,
+        fingerprint=key,
+        num_documents=meta["num_documents"],
+        num_truncated=meta["num_truncated"],
+        **parts,
+    )
+
+
+def fingerprint_corpus(corpus: Corpus) -> str:
+    """Hash of the content of a corpus; of a hub data set, of its resolved revisions."""
+    if corpus.files:
+        files = [path for pattern in corpus.files for path in matching_files(pattern)]
+        content = fingerprint_files(files)
+    elif corpus.datasets:
+        content = json.dumps(
+            [asdict(source) | {"revision": _resolve(source)} for source in corpus.datasets]
+        )
+    else:
+        content = fingerprint_files([demo_file()])
+    return fingerprint_text(f"{content} {corpus.text_column} {corpus.pretokenized}")
+
+
+def _resolve(source: Any) -> str:
+    """The commit behind a data set's revision; of a local folder, its content."""
+    folder = Path(source.path)
+    if folder.is_dir():
+        return fingerprint_files(sorted(path for path in folder.rglob("*") if path.is_file()))
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(source.path, revision=source.revision).sha)
+    except Exception as error:  # the hub client raises many kinds, all meaning the same here
+        raise ExperimentError(
+            f"the data set {source.path} cannot be had from the hub ({type(error).__name__}); give"
+            " local text with corpus.files=[...] or a local folder as its path"
+        ) from error
+
+
+def _read_cache(folder: Path) -> dict[str, Any] | None:
+    """The cache's facts, or None where it is absent, cut off or changed."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        for name, expected in meta["files"].items():
+            if _hash(folder / name) != expected:
+                _log.warning("corpus cache %s: %s is damaged; it is built again", folder, name)
+                return None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        _log.warning("corpus cache %s is damaged; it is built again", folder)
+        return None
+    return meta
+
+
+def _build_cache(settings: Settings, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    corpus = settings.corpus
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
+        writers = {part: _Writer(partial, part, dtype, tokenizer, corpus) for part in _PARTS}
+        num_documents = 0
+        first_hash = None
+        with (
+            tqdm(
+                total=_total_bytes(corpus),
+                desc="tokenise",
+                unit="B",
+                unit_scale=True,
+            ) as bar,
+            (partial / "held_out.jsonl").open("w", encoding="utf-8") as held_out,
+        ):
+            for documents in _batches(_documents(corpus, tokenizer), _BATCH_DOCUMENTS):
+                for document, examples in zip(documents, _tokenise(documents, tokenizer, corpus)):
+                    digest = xxhash.xxh3_64_intdigest(document.content)
+                    first_hash = digest if first_hash is None else first_hash
+                    is_held_out = digest == first_hash or (
+                        digest / 2**64 < corpus.held_out_fraction
+                    )
+                    if is_held_out and document.text is not None:
+                        held_out.write(json.dumps(document.text) + "\n")
+                    writers["validation" if is_held_out else "train"].add(examples)
+                    bar.update(len(document.content))
+                    num_documents += 1
+        for writer in writers.values():
+            writer.close()
+        if num_documents == 0:
+            raise ExperimentError(
+                "the corpus is empty: no document with text in it; check corpus.files"
+            )
+        numbers = {part: writer.num_examples for part, writer in writers.items()}
+        if not all(numbers.values()):
+            raise ExperimentError(
+                f"the corpus is too small: its {num_documents} documents give"
+                f" {numbers['train']} blocks of {corpus.block_length} tokens to train on and"
+                f" {numbers['validation']} held out; give more text or more documents"
+                " (a blank line between them), change corpus.held_out_fraction, or lower"
+                " corpus.block_length"
+            )
+        meta = {
+            "dtype": dtype,
+            "num_documents": num_documents,
+            "num_truncated": sum(writer.num_truncated for writer in writers.values()),
+            "files": {path.name: _hash(path) for path in sorted(partial.iterdir())},
+        }
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            partial.rename(folder)
+        except OSError:
+            # Another process finished the same cache first; what it wrote is the same.
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@dataclass
+class _Document:
+    """One document: its text, or its token ids where it came without text."""
+
+    content: bytes
+    text: str | None = None
+    ids: list[int] | None = None
+
+
+def _documents(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> Iterator[_Document]:
+    if not corpus.pretokenized:
+        for text in read_documents(corpus):
+            # Lone surrogates, which JSON can hold, are no text.
+            yield _Document(text.encode("utf-8", errors="replace"), text=text)
+        return
+    for ids in read_token_ids(corpus):
+        wrong = [i for i in ids if not 0 <= i < len(tokenizer)]
+        if wrong:
+            raise ExperimentError(
+                f"corpus.files: token id {wrong[0]} is outside the teacher's vocabulary of"
+                f" {len(tokenizer)}; pretokenized input must come from the teacher's tokenizer"
+            )
+        if ids:
+            yield _Document(numpy.asarray(ids, dtype=numpy.int64).tobytes(), ids=ids)
+
+
+def _tokenise(
+    documents: list[_Document], tokenizer: PreTrainedTokenizerFast, corpus: Corpus
+) -> list[list[list[int]]]:
+    """Token ids of the examples of each document, without special tokens."""
+    if corpus.pretokenized:
+        return [[document.ids or []] for document in documents]
+    texts = [document.content.decode() for document in documents]
+    parts = [sentences(text) if corpus.split == "sentence" else [text] for text in texts]
+    encoded = iter(
+        tokenizer(
+            [part for group in parts for part in group] or [""],
+            add_special_tokens=False,
+            truncation=False,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+    )
+    return [[next(encoded) for _ in group] for group in parts]
+
+
+class _Writer:
+    """Appends examples of one part to disk; memory does not grow with the corpus."""
+
+    def __init__(
+        self,
+        folder: Path,
+        part: str,
+        dtype: str,
+        tokenizer: PreTrainedTokenizerFast,
+        corpus: Corpus,
+    ) -> None:
+        self.ids_file = (folder / f"{part}.ids").open("wb")
+        self.offsets_file = (folder / f"{part}.offsets").open("wb")
+        self.dtype = dtype
+        self.corpus = corpus
+        self.first, self.separator = special_ids(tokenizer)
+        self.content_length = corpus.block_length - 2
+        self.stream: list[int] = []
+        self.num_examples = self.num_tokens = self.num_truncated = 0
+        self._write_offset()
+
+    def add(self, examples: list[list[int]]) -> None:
+        for ids in examples:
+            if not ids:
+                continue
+            if self.corpus.packing:
+                self.stream += ids
+                self.stream.append(self.separator)
+            else:
+                self.num_truncated += len(ids) > self.content_length
+                self._write(ids[: self.content_length])
+        start = 0
+        while len(self.stream) - start >= self.content_length:
+            self._write(self.stream[start : start + self.content_length])
+            start += self.content_length
+        del self.stream[:start]
+
+    def close(self) -> None:
+        self.ids_file.close()
+        self.offsets_file.close()
+
+    def _write(self, content: list[int]) -> None:
+        ids = numpy.asarray([self.first, *content, self.separator], dtype=self.dtype)
+        self.ids_file.write(ids.tobytes())
+        self.num_tokens += len(ids)
+        self.num_examples += 1
+        self._write_offset()
+
+    def _write_offset(self) -> None:
+        self.offsets_file.write(numpy.int64(self.num_tokens).tobytes())
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
+    """Ids of the token that opens a sequence and of the one that separates and closes."""
+    first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+    last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+    if first is None or last is None:
+        raise ExperimentError(
+            "the teacher's tokenizer has no token that opens or closes a sequence"
+            " (cls or bos, sep or eos); choose a teacher whose tokenizer has them"
+        )
+    return first, last
+
+
+def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    batch: list[Item] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _total_bytes(corpus: Corpus) -> int | None:
+    """Size of what will be read, where that is known before."""
+    paths = [path for pattern in corpus.files for path in matching_files(pattern)]
+    if (
+        not paths
+        or corpus.pretokenized
+        or any(path.suffix in (".gz", ".parquet") for path in paths)
+    ):
+        return None
+    return sum(path.stat().st_size for path in paths)
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()

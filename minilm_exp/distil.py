@@ -1,0 +1,324 @@
+"""Distillation of one teacher layer into the student's last, on transformers' Trainer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from minilm_exp.corpus import Blocks, PreparedCorpus
+from minilm_exp.errors import ExperimentError
+from minilm_exp.progress import TokenProgress
+from minilm_exp.qkv import QKVTap
+from minilm_exp.relations import Pair, relation_losses
+from minilm_exp.settings import Settings
+from minilm_exp.student import untrained_parameters
+
+LogMetrics = Callable[[dict[str, float], int], None]
+
+_WHOLE = "whole.json"
+
+
+class RelationDistiller(nn.Module):
+    """Teacher and student side by side, both run up to their distilled layers only.
+
+    The teacher is no submodule: it stays in evaluation mode, gets no optimiser state and is in no
+    checkpoint.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        student: PreTrainedModel,
+        teacher_layer: int,
+        pairs: list[Pair],
+        num_relation_heads: int,
+    ) -> None:
+        super().__init__()
+        self._teacher = (QKVTap(teacher, teacher_layer),)
+        self.student = QKVTap(student, student.config.num_hidden_layers)
+        self.pairs = pairs
+        self.num_relation_heads = num_relation_heads
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        return_loss: bool = True,
+    ) -> dict[str, Tensor]:
+        """The summed loss, and the loss of each relation in the order of `pairs`."""
+        with torch.no_grad():
+            teacher_states = self._teacher[0](input_ids=input_ids, attention_mask=attention_mask)
+        student_states = self.student(input_ids=input_ids, attention_mask=attention_mask)
+        losses = relation_losses(
+            teacher_states, student_states, self.pairs, self.num_relation_heads, attention_mask
+        )
+        relation_losses_P = torch.stack(list(losses.values()))
+        return {"loss": relation_losses_P.sum(), "relation_losses": relation_losses_P.detach()}
+
+    def close(self) -> None:
+        """Gives teacher and student back as plain encoders."""
+        self._teacher[0].close()
+        self.student.close()
+
+
+def distil(
+    settings: Settings,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    corpus: PreparedCorpus,
+    precision: str,
+    checkpoints: Path,
+    log_metrics: LogMetrics,
+) -> dict[str, float]:
+    """Trains the student in place and returns its final validation losses.
+
+    Args:
+        settings: The run; training, runtime, relation_set, layer_selection and seed are used.
+        teacher: Frozen encoder.
+        student: Encoder that is trained. What the loss cannot reach keeps its weights.
+        tokenizer: For padding, where the corpus is not packed.
+        corpus: Blocks to train on and held-out ones.
+        precision: fp32 or bf16.
+        checkpoints: Folder for checkpoints; with settings.resume the last whole one is gone on
+            from.
+        log_metrics: Called with metrics and the step they belong to.
+
+    Returns:
+        Relation loss in nats by relation ("query-query") and their sum ("total"), on the held-out
+        blocks.
+
+    Raises:
+        ExperimentError: Fewer blocks than a batch, or a loss that is not finite.
+    """
+    training = settings.training
+    if len(corpus.train) < training.batch_size:
+        raise ExperimentError(
+            f"the corpus has {len(corpus.train)} blocks to train on, fewer than"
+            f" training.batch_size={training.batch_size}; give more text, or lower"
+            " training.batch_size or corpus.block_length"
+        )
+    for encoder in (teacher, student):
+        torch.nn.Module.to(encoder, settings.runtime.device)
+    distiller = RelationDistiller(
+        teacher,
+        student,
+        settings.layer_selection.teacher_layer,
+        settings.relation_set.state_pairs,
+        settings.relation_set.num_relation_heads,
+    )
+    untrained = set(untrained_parameters(distiller.student))
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name not in untrained)
+    trainer = _DistillationTrainer(
+        model=distiller,
+        args=_training_arguments(settings, precision, checkpoints),
+        data_collator=Collator(tokenizer, corpus_is_packed=settings.corpus.packing),
+        train_dataset=corpus.train,
+        eval_dataset=_spread(corpus.validation, training.evaluation_sequences),
+        callbacks=[
+            TokenProgress(training.batch_size * settings.corpus.block_length),
+            _MarkWhole(),
+        ],
+        log_metrics=log_metrics,
+    )
+    trainer.remove_callback(PrinterCallback)
+    start = last_whole_checkpoint(checkpoints) if settings.resume else None
+    try:
+        set_seed(settings.seed)
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        return trainer.relation_losses_on(trainer.eval_dataset)
+    finally:
+        distiller.close()
+        student.requires_grad_(True)
+
+
+class _DistillationTrainer(Trainer):
+    """The library's training loop; only what is logged and evaluated is ours."""
+
+    def __init__(self, log_metrics: LogMetrics, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._log_metrics = log_metrics
+        self._sums: Tensor | None = None
+        self._num_summed = 0
+        distiller: RelationDistiller = arguments["model"]
+        self._distiller = distiller
+        self._names = [f"{first}-{second}" for first, second in distiller.pairs]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        outputs = model(**inputs)
+        loss = outputs["loss"]
+        if not torch.isfinite(loss):
+            raise ExperimentError(
+                f"the relation loss is {loss.item()} at step {self.state.global_step + 1}: lower"
+                " training.learning_rate, raise training.warmup_steps, or set"
+                " training.precision=fp32"
+            )
+        if model.training:
+            losses_P = outputs["relation_losses"]
+            self._sums = losses_P if self._sums is None else self._sums + losses_P
+            self._num_summed += 1
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if "loss" not in logs or self._sums is None:
+            return
+        means = (self._sums / self._num_summed).tolist()
+        self._sums, self._num_summed = None, 0
+        metrics = {f"distill/loss/{name}": mean for name, mean in zip(self._names, means)}
+        metrics["distill/loss/total"] = sum(means)
+        metrics["distill/learning_rate"] = logs["learning_rate"]
+        metrics["distill/gradient_norm"] = float(logs["grad_norm"])
+        self._log_metrics(metrics, self.state.global_step)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        losses = self.relation_losses_on(self.eval_dataset)
+        self._log_metrics(
+            {f"distill/validation/{name}": value for name, value in losses.items()},
+            self.state.global_step,
+        )
+        return {f"eval_{name}": value for name, value in losses.items()}
+
+    @torch.no_grad()
+    def relation_losses_on(self, examples: Any) -> dict[str, float]:
+        """Mean over sequences of each relation's loss, and their sum."""
+        model = self._distiller.eval()
+        loader = DataLoader(
+            examples, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator
+        )
+        sums = torch.zeros(len(self._names), dtype=torch.float64)
+        num_sequences = 0
+        for batch in loader:
+            inputs = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                outputs = model(**inputs)
+            count = len(batch["input_ids"])
+            sums += outputs["relation_losses"].cpu().double() * count
+            num_sequences += count
+        model.train()
+        means = (sums / num_sequences).tolist()
+        losses = dict(zip(self._names, means)) | {"total": sum(means)}
+        if not numpy.isfinite(losses["total"]):
+            raise ExperimentError(
+                f"the validation relation loss is {losses['total']} after step"
+                f" {self.state.global_step}: lower training.learning_rate"
+            )
+        return losses
+
+
+class Collator:
+    """Stacks blocks of one length; pads examples of several and masks the padding."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, corpus_is_packed: bool) -> None:
+        self.tokenizer = tokenizer
+        self.corpus_is_packed = corpus_is_packed
+
+    def __call__(self, examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        if self.corpus_is_packed:
+            return {"input_ids": torch.stack([example["input_ids"] for example in examples])}
+        padded = self.tokenizer.pad(
+            {"input_ids": [e["input_ids"].tolist() for e in examples]}, return_tensors="pt"
+        )
+        return {name: padded[name] for name in ("input_ids", "attention_mask")}
+
+
+class _MarkWhole(TrainerCallback):
+    """Marks a checkpoint as whole once all of it is on disk, with the sizes of its files."""
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+        (folder / _WHOLE).write_text(json.dumps(sizes), encoding="utf-8")
+
+
+def last_whole_checkpoint(checkpoints: Path) -> Path | None:
+    """The latest checkpoint that was completely written, or None."""
+
+    def step(folder: Path) -> int:
+        return int(folder.name.rsplit("-", 1)[1])
+
+    for folder in sorted(checkpoints.glob("checkpoint-*"), key=step, reverse=True):
+        try:
+            sizes = json.loads((folder / _WHOLE).read_text(encoding="utf-8"))
+            if all((folder / name).stat().st_size == size for name, size in sizes.items()):
+                return folder
+        except (OSError, ValueError, AttributeError):
+            continue
+    return None
+
+
+def _spread(blocks: Blocks, number: int) -> Subset[Any]:
+    """The given number of examples at even distances, or all."""
+    number = min(number, len(blocks))
+    return Subset(blocks, [index * len(blocks) // number for index in range(number)])
+
+
+def _training_arguments(settings: Settings, precision: str, checkpoints: Path) -> TrainingArguments:
+    training, runtime = settings.training, settings.runtime
+    microbatch_size = min(runtime.microbatch_size or training.batch_size, training.batch_size)
+    on_cpu = runtime.device == "cpu"
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=training.max_steps,
+        per_device_train_batch_size=microbatch_size,
+        per_device_eval_batch_size=microbatch_size,
+        gradient_accumulation_steps=training.batch_size // microbatch_size,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=training.warmup_steps,
+        optim="adamw_torch",
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        adam_epsilon=training.adam_epsilon,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        bf16=precision == "bf16",
+        use_cpu=on_cpu,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        dataloader_num_workers=runtime.num_workers,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=not on_cpu,
+        logging_steps=training.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=training.evaluation_steps,
+        save_strategy="steps",
+        save_steps=training.checkpoint_steps,
+        save_total_limit=training.keep_checkpoints,
+        remove_unused_columns=False,
+        label_names=[],
+        report_to="none",
+        disable_tqdm=True,
+    )

@@ -1,0 +1,120 @@
+"""The student as a plain Hugging Face checkpoint, with a model card."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from minilm_exp.redaction import redact
+from minilm_exp.result import Result
+from minilm_exp.settings import Settings, as_dict
+from minilm_exp.student import set_dropout
+
+
+def save_student(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+) -> None:
+    """Writes config, safetensors and tokenizer; the folder appears only when all is written.
+
+    The saved config has the teacher's dropout, which fine-tuning expects, not the one that was
+    used for distillation.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    used = _dropout(student)
+    set_dropout(student.config, *_dropout(teacher))
+    try:
+        student.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    finally:
+        set_dropout(student.config, *used)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _dropout(encoder: PreTrainedModel) -> tuple[float, float]:
+    config = encoder.config
+    hidden = getattr(config, "hidden_dropout_prob", getattr(config, "dropout", 0.0))
+    attention = getattr(
+        config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0)
+    )
+    return hidden or 0.0, attention or 0.0
+
+
+def write_model_card(
+    folder: Path, settings: Settings, result: Result, untrained: list[str]
+) -> None:
+    """README.md of the checkpoint: what it is, the measured numbers, what to know, the config."""
+    teacher, student = settings.teacher, settings.student
+    rows = [
+        ("speedup over the teacher", f"x{result.speedup:.2f}"),
+        ("parameters without pooler", f"{result.num_parameters:,}"),
+        ("validation relation loss (nats)", f"{result.validation_relation_loss:.4f}"),
+    ]
+    for task, score in result.scores.items():
+        rows.append((f"{task}, this student", f"{score:.4f}"))
+        rows.append((f"{task}, not distilled", f"{result.undistilled_scores[task]:.4f}"))
+        rows.append((f"{task}, teacher", f"{result.teacher_scores[task]:.4f}"))
+    data = (
+        ", ".join(settings.corpus.files)
+        or ", ".join(source.path for source in settings.corpus.datasets)
+        or "English Wikipedia articles shipped with gensim 4.4.0 (CC BY-SA)"
+    )
+    warning = (
+        "\n**Not meaningful: the teacher had random weights.**\n"
+        if teacher.weights == "random"
+        else ""
+    )
+    config = redact(yaml.safe_dump(as_dict(settings), sort_keys=False))
+    card = (
+        f"""---
+library_name: transformers
+tags: [minilm, distillation, feature-extraction]
+---
+
+# {settings.student_name} distilled from {teacher.name}
+{warning}
+A {student.num_layers} x {student.hidden_size} {teacher.model_type} encoder, distilled by
+self-attention relations ({settings.relation_set.name}, {settings.relation_set.num_relation_heads}
+relation heads) from layer {settings.layer_selection.teacher_layer} of {teacher.num_layers} of
+{teacher.name} ({teacher.hub_id or teacher.package or teacher.path or "random weights"}).
+
+- Data: {data}
+- Steps: {settings.training.max_steps} of {settings.training.batch_size} sequences of
+  {settings.corpus.block_length} tokens; seed {settings.seed}
+- MLflow run: {result.run_id}; run key: {result.run_key}
+
+| measured | value |
+| --- | --- |
+"""
+        + "".join(f"| {name} | {value} |\n" for name, value in rows)
+        + f"""
+## Fine-tune before use
+
+The relation loss ends at the last layer's query, key and value. The rest of the last layer was
+**not trained** by the distillation and has its first weights; outputs of this checkpoint as it is
+(for example as sentence embeddings) are not meaningful before fine-tuning. Untrained parameters:
+{", ".join(f"`{name}`" for name in untrained)}.
+
+## Use
+
+```python
+from transformers import AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+## Config
+
+```yaml
+{config}```
+"""
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")

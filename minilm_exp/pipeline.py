@@ -1,0 +1,330 @@
+"""The whole story of a run: config -> teacher, student -> corpus -> distil -> tasks -> tracking."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from minilm_exp.corpus import PreparedCorpus, fingerprint_corpus, prepare_corpus
+from minilm_exp.distil import distil
+from minilm_exp.errors import ExperimentError
+from minilm_exp.export import save_student, write_model_card
+from minilm_exp.plots import loss_curves
+from minilm_exp.precision import resolve_precision
+from minilm_exp.provenance import (
+    RESULTS_VERSION,
+    fingerprint_files,
+    fingerprint_model,
+    git_state,
+    run_key,
+    versions,
+)
+from minilm_exp.qkv import QKVTap
+from minilm_exp.redaction import redact
+from minilm_exp.result import Result
+from minilm_exp.run_folder import choose_folder, finished_run, occupied, run_name
+from minilm_exp.settings import Settings, as_dict, flatten
+from minilm_exp.speed import measure_speedup
+from minilm_exp.student import build_student, count_parameters, untrained_parameters
+from minilm_exp.tasks.examples import TaskData
+from minilm_exp.tasks.finetune import finetune
+from minilm_exp.tasks.next_passage import make_next_passage
+from minilm_exp.teacher import fingerprint_teacher, load_encoder, load_tokenizer
+from minilm_exp.tracking import Tracker, end_interrupted, start_tracking
+
+_log = logging.getLogger(__name__)
+
+
+def run_experiment(settings: Settings) -> Result | PreparedCorpus:
+    """Runs the recipe, or returns the run with the same key that has already finished.
+
+    Raises:
+        ExperimentError: Something that the user can change stops the run. What was recorded until
+            then stays, and the run is marked FAILED.
+    """
+    _set_up_device(settings)
+    corpus_fingerprint = fingerprint_corpus(settings.corpus)
+    if settings.recipe.name == "prepare_corpus":
+        return prepare_corpus(settings, load_tokenizer(settings.teacher), corpus_fingerprint)
+    precision = resolve_precision(settings.training.precision, settings.runtime.device)
+    inputs = {
+        "teacher": fingerprint_teacher(settings.teacher),
+        "student": _fingerprint_student(settings),
+        "corpus": corpus_fingerprint,
+    }
+    key = run_key(settings, precision, inputs)
+    finished = finished_run(settings, key)
+    if finished is not None and not settings.rerun:
+        _log.info("already finished: %s (rerun=true runs it again)", finished.folder)
+        return finished
+    folder = choose_folder(settings, key)
+    with occupied(folder, settings.resume) as left:
+        tracker = _start(settings, left)
+        result = Result(
+            run_id=tracker.run_id,
+            run_key=key,
+            status="RUNNING",
+            folder=str(folder),
+            meaningful=settings.teacher.weights != "random",
+        )
+        try:
+            result.write()
+            start = time.monotonic()
+            _record_setting(settings, result, precision, inputs, tracker)
+            _distil_and_score(settings, precision, corpus_fingerprint, tracker, result)
+            result.elapsed_seconds = time.monotonic() - start
+            _finish(tracker, result)
+        except BaseException as error:
+            _record_failure(tracker, result, error)
+            raise
+    return result
+
+
+def _distil_and_score(
+    settings: Settings,
+    precision: str,
+    corpus_fingerprint: str,
+    tracker: Tracker,
+    result: Result,
+) -> None:
+    folder = Path(result.folder)
+    tokenizer = load_tokenizer(settings.teacher)
+    teacher = load_encoder(settings.teacher)
+    student = build_student(
+        settings.student,
+        teacher,
+        tokenizer,
+        settings.layer_selection.teacher_layer,
+        (settings.training.hidden_dropout, settings.training.attention_dropout),
+        settings.seed,
+    )
+    undistilled = copy.deepcopy(student)
+    corpus = prepare_corpus(settings, tokenizer, corpus_fingerprint)
+    tracker.log_dataset("corpus", corpus.fingerprint, str(corpus.folder), "training")
+    if corpus.num_truncated:
+        _log.warning(
+            "%d documents were cut off at %d tokens",
+            corpus.num_truncated,
+            settings.corpus.block_length,
+        )
+    tasks = _make_tasks(settings, corpus)
+
+    losses = distil(
+        settings,
+        teacher,
+        student,
+        tokenizer,
+        corpus,
+        precision,
+        folder / "checkpoints",
+        tracker.log_metrics,
+    )
+    result.validation_relation_losses = losses
+    result.validation_relation_loss = losses["total"]
+    tracker.log_metrics(
+        {f"distill/final/{name}": value for name, value in losses.items()},
+    )
+    tracker.log_figure(loss_curves(tracker.history, list(losses)), "plots/loss.png")
+    save_student(student, teacher, tokenizer, folder / "student")
+
+    _measure(settings, teacher, student, corpus, tracker, result)
+    for name, data in tasks.items():
+        for role, encoder in (
+            ("student", student),
+            ("undistilled", undistilled),
+            ("teacher", teacher),
+        ):
+            _score(settings, name, role, encoder, tokenizer, data, precision, tracker, result)
+    write_model_card(folder / "student", settings, result, _untrained(student))
+
+
+def _score(
+    settings: Settings,
+    name: str,
+    role: str,
+    encoder: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    data: TaskData,
+    precision: str,
+    tracker: Tracker,
+    result: Result,
+) -> None:
+    """Fine-tunes one model on one task; the student's metrics carry no role in their name."""
+    prefix = f"task/{name}" if role == "student" else f"task/{name}/{role}"
+    scored = finetune(
+        encoder,
+        tokenizer,
+        data,
+        settings,
+        precision,
+        f"{role} on {name}",
+        lambda metrics, step: tracker.log_metrics(
+            {f"{prefix}/{metric}": value for metric, value in metrics.items()}, step
+        ),
+    )
+    tracker.log_metrics({f"{prefix}/accuracy": scored.accuracy})
+    lines = ["first\tsecond\tlabel\tprediction"]
+    for example, prediction in zip(data.validation, scored.predictions):
+        lines.append(f"{example.first}\t{example.second}\t{example.label}\t{prediction}")
+    tracker.log_text("\n".join(lines) + "\n", f"predictions/{name}-{role}.tsv")
+    scores = {
+        "student": result.scores,
+        "undistilled": result.undistilled_scores,
+        "teacher": result.teacher_scores,
+    }
+    scores[role][name] = scored.accuracy
+
+
+def _make_tasks(settings: Settings, corpus: PreparedCorpus) -> dict[str, TaskData]:
+    """The data of every task, made before distilling so that a mistake costs nothing."""
+    tasks = {}
+    if settings.tasks.next_passage is not None:
+        tasks["next_passage"] = make_next_passage(
+            corpus.held_out_documents(), settings.tasks.next_passage
+        )
+    return tasks
+
+
+def _measure(
+    settings: Settings,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    corpus: PreparedCorpus,
+    tracker: Tracker,
+    result: Result,
+) -> None:
+    blocks = [corpus.validation[i]["input_ids"] for i in range(min(16, len(corpus.validation)))]
+    shortest = min(map(len, blocks))
+    input_ids = torch.stack([block[:shortest] for block in blocks]).to(settings.runtime.device)
+    result.speedup = measure_speedup(teacher, student, input_ids)
+    result.num_parameters, result.num_layer_parameters = count_parameters(student)
+    result.teacher_num_parameters, result.teacher_num_layer_parameters = count_parameters(teacher)
+    tracker.log_metrics(
+        {
+            "model/speedup": result.speedup,
+            "model/params": result.num_parameters,
+            "model/params_transformer": result.num_layer_parameters,
+        }
+    )
+
+
+def _start(settings: Settings, left: Result | None) -> Tracker:
+    if left is not None and not settings.resume:
+        end_interrupted(settings.tracking.uri, left.run_id)
+    return start_tracking(
+        settings.tracking.uri,
+        settings.tracking.experiment,
+        settings.outputs,
+        run_name(settings),
+        left.run_id if left is not None and settings.resume else None,
+    )
+
+
+def _record_setting(
+    settings: Settings,
+    result: Result,
+    precision: str,
+    inputs: dict[str, str],
+    tracker: Tracker,
+) -> None:
+    """Params, tags and config of the run, before anything is computed."""
+    config_file = Path(result.folder) / "config.yaml"
+    config_file.write_text(redact(yaml.safe_dump(as_dict(settings), sort_keys=False)), "utf-8")
+    short = {
+        "teacher": settings.teacher.name,
+        "student": settings.student_name,
+        "relations": settings.relation_set.name,
+        "num_relation_heads": settings.relation_set.num_relation_heads,
+        "teacher_layer": settings.layer_selection.teacher_layer,
+        "precision": precision,
+    }
+    # A resumed run may run on another device or elsewhere: only what makes the result is a param.
+    flat = {
+        name: value
+        for name, value in flatten(settings).items()
+        if name.split(".")[0] not in ("runtime", "tracking", "outputs_dir", "resume", "rerun")
+    }
+    tracker.log_params(short | flat)
+    git = git_state()
+    tracker.set_tags(
+        {
+            "run_key": result.run_key,
+            "run_folder": result.folder,
+            "seed": str(settings.seed),
+            "git_commit": git["commit"],
+            "git_dirty": git["dirty"],
+            "results_version": str(RESULTS_VERSION),
+            "device": settings.runtime.device,
+            "threads": str(torch.get_num_threads()),
+            "meaningful": str(result.meaningful).lower(),
+            **{f"version.{name}": version for name, version in versions().items()},
+            **{f"input.{name}": fingerprint for name, fingerprint in inputs.items()},
+        }
+    )
+    if git["diff"]:
+        tracker.log_text(git["diff"], "git.diff")
+    tracker.log_artifact(config_file)
+    for note in settings.notes:
+        _log.info(note)
+    if not result.meaningful:
+        _log.warning("teacher.weights=random: the result of this run is not meaningful")
+
+
+def _finish(tracker: Tracker, result: Result) -> None:
+    folder = Path(result.folder)
+    if result.score is not None:
+        tracker.log_metrics({"score": result.score})
+    tracker.log_artifact(folder / "student")
+    result.status = "FINISHED"
+    result.write()
+    tracker.log_artifact(folder / "result.json")
+    tracker.finish("FINISHED")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def _record_failure(tracker: Tracker, result: Result, error: BaseException) -> None:
+    """Best effort: a full disk or a lost server must not hide the error itself."""
+    result.status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+    result.error = redact(f"{type(error).__name__}: {error}")
+    for record in (
+        result.write,
+        lambda: tracker.set_tags({"error": str(result.error)}),
+        lambda: tracker.finish(result.status),
+    ):
+        try:
+            record()
+        except Exception as also:
+            _log.warning("the failure could not be recorded: %s", redact(str(also))[:300])
+
+
+def _untrained(student: PreTrainedModel) -> list[str]:
+    tap = QKVTap(student, student.config.num_hidden_layers)
+    try:
+        return untrained_parameters(tap)
+    finally:
+        tap.close()
+
+
+def _fingerprint_student(settings: Settings) -> str:
+    if settings.student.path is not None:
+        return fingerprint_model(Path(settings.student.path).expanduser())
+    if settings.student.config is not None:
+        return fingerprint_files([Path(settings.student.config).expanduser()])
+    return ""
+
+
+def _set_up_device(settings: Settings) -> None:
+    if settings.runtime.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ExperimentError(
+            f"runtime.device={settings.runtime.device}, but torch {torch.__version__} sees no CUDA"
+            " device: use runtime=cpu, or install a CUDA build of torch"
+        )
+    if settings.runtime.num_threads is not None:
+        torch.set_num_threads(settings.runtime.num_threads)

@@ -1,0 +1,108 @@
+"""What a result came from: content, code and versions, and the key that names a run by them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from minilm_exp.errors import ExperimentError
+from minilm_exp.settings import Settings, as_dict
+
+# Raised by every change that CHANGELOG.md declares "changes results".
+RESULTS_VERSION = 1
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "mlflow", "hydra-core")
+_MODEL_FILES = (
+    "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*", "*.model",
+    "merges.txt", "special_tokens_map.json",
+)  # fmt: skip
+
+
+def run_key(settings: Settings, precision: str, fingerprints: dict[str, str]) -> str:
+    """A name for everything that can change the result of a run.
+
+    Args:
+        settings: The run. How fast it runs, where it is recorded and where it is written do not
+            count, and neither do the names of its inputs.
+        precision: The resolved precision.
+        fingerprints: Of the content behind every input path.
+    """
+    plain = as_dict(settings)
+    for name in ("runtime", "tracking", "outputs_dir", "resume", "rerun"):
+        del plain[name]
+    for group, names in {
+        "teacher": ("name", "path", "hub_id", "revision", "package"),
+        "student": ("name", "path", "config"),
+        "corpus": ("files", "datasets"),
+    }.items():
+        for name in names:
+            del plain[group][name]
+    for name in ("logging_steps", "evaluation_steps", "checkpoint_steps", "keep_checkpoints"):
+        del plain["training"][name]
+    plain["training"]["precision"] = precision
+    plain["inputs"] = fingerprints
+    plain["results_version"] = RESULTS_VERSION
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_model(path: Path) -> str:
+    """Hash of a checkpoint's configuration, weights and tokenizer."""
+    files = sorted({file for pattern in _MODEL_FILES for file in path.glob(pattern)})
+    return fingerprint_files(files, names=True)
+
+
+def fingerprint_files(files: list[Path], names: bool = False) -> str:
+    """Hash of the content of files, in the order given."""
+    digest = xxhash.xxh3_128()
+    for file in files:
+        try:
+            if names:
+                digest.update(file.name.encode())
+            digest.update(str(file.stat().st_size).encode())
+            with file.open("rb") as opened:
+                while block := opened.read(1 << 24):
+                    digest.update(block)
+        except OSError as error:
+            raise ExperimentError(f"{file} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def fingerprint_text(text: str) -> str:
+    """Hash of a text."""
+    return xxhash.xxh3_128(text.encode()).hexdigest()
+
+
+@functools.cache
+def git_state() -> dict[str, str]:
+    """Commit, whether the tree differs from it, and the difference."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=False
+        )
+        return done.stdout if done.returncode == 0 else ""
+
+    try:
+        return {
+            "commit": git("rev-parse", "HEAD").strip() or "unknown",
+            "dirty": str(bool(git("status", "--porcelain").strip())).lower(),
+            "diff": git("diff", "HEAD"),
+        }
+    except OSError:  # git is not installed
+        return {"commit": "unknown", "dirty": "unknown", "diff": ""}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the results."""
+    found: dict[str, Any] = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **found}

@@ -1,0 +1,523 @@
+"""The composed config as one typed object, checked before any model is loaded.
+
+`parse` is the only way in. What it accepts fits together: every later module takes values from
+these classes and need not check them again. Nothing heavy is imported here, so that a mistake in
+the config is reported at once.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from minilm_exp.errors import ExperimentError
+from minilm_exp.teacher_facts import read_facts
+
+STATE_LETTERS = {"q": "query", "k": "key", "v": "value"}
+
+
+@dataclass
+class Teacher:
+    """The model that is distilled, and the facts that its checkpoint must confirm."""
+
+    name: str
+    hub_id: Optional[str]
+    revision: Optional[str]
+    package: Optional[str]
+    path: Optional[str]
+    weights: str
+    model_type: str
+    vocab_size: int
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    paper_layer: int
+    upper_middle_layer: int
+    num_relation_heads: int
+    initializer_range: Optional[float]
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest sequence; RoBERTa-like models number positions from their padding id + 1."""
+        offset = 2 if self.model_type in _POSITIONS_FROM_PADDING else 0
+        return self.max_position_embeddings - offset
+
+
+_POSITIONS_FROM_PADDING = {"roberta", "xlm-roberta", "camembert", "data2vec-text", "mpnet"}
+
+
+@dataclass
+class Student:
+    """The shape and the start of the model that learns."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    intermediate_size: Optional[int]
+    embedding_size: Optional[int]
+    init: str
+    path: Optional[str]
+    config: Optional[str]
+
+
+@dataclass
+class RelationSet:
+    """Which relations are distilled, written as two letters of q, k and v."""
+
+    pairs: list[str]
+    num_relation_heads: int
+
+    @property
+    def name(self) -> str:
+        """The pairs joined, or "all" for all nine."""
+        return "all" if len(self.pairs) == 9 else "_".join(self.pairs)
+
+    @property
+    def state_pairs(self) -> list[tuple[str, str]]:
+        """The pairs with the states' full names."""
+        return [(STATE_LETTERS[pair[0]], STATE_LETTERS[pair[1]]) for pair in self.pairs]
+
+
+@dataclass
+class LayerSelection:
+    """The teacher layer whose relations are distilled, counted from 1."""
+
+    teacher_layer: int
+
+
+@dataclass
+class HubDataset:
+    """One data set of the hub, or a local folder laid out like one."""
+
+    path: str
+    name: Optional[str] = None
+    split: str = "train"
+    revision: Optional[str] = None
+
+
+@dataclass
+class Corpus:
+    """Unlabelled text. Without files and data sets it is the packaged demo text."""
+
+    files: list[str]
+    datasets: list[HubDataset]
+    text_column: str
+    pretokenized: bool
+    split: str
+    packing: bool
+    block_length: int
+    held_out_fraction: float
+
+
+@dataclass
+class NextPassage:
+    """The task that is made from the corpus itself."""
+
+    version: int
+    num_train: int
+    num_validation: int
+    passage_characters: int
+
+
+@dataclass
+class Tasks:
+    """Downstream tasks of the run; those left at null are not run."""
+
+    next_passage: Optional[NextPassage] = None
+
+
+@dataclass
+class TaskTraining:
+    """Fine-tuning on a downstream task."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    warmup_ratio: float
+    weight_decay: float
+    hidden_dropout: float
+    attention_dropout: float
+    max_length: int
+
+
+@dataclass
+class Recipe:
+    """What the run does."""
+
+    name: str
+
+
+@dataclass
+class Training:
+    """Distillation, counted in optimiser steps."""
+
+    max_steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    weight_decay: float
+    max_grad_norm: float
+    hidden_dropout: float
+    attention_dropout: float
+    precision: str
+    logging_steps: int
+    evaluation_steps: int
+    evaluation_sequences: int
+    checkpoint_steps: int
+    keep_checkpoints: int
+
+
+@dataclass
+class Runtime:
+    """What may change speed, never results beyond rounding."""
+
+    device: str
+    microbatch_size: Optional[int]
+    num_threads: Optional[int]
+    num_workers: int
+
+
+@dataclass
+class Tracking:
+    """Where MLflow records the run."""
+
+    uri: str
+    experiment: str
+
+
+@dataclass
+class Settings:
+    """Everything that a run needs to know."""
+
+    teacher: Teacher
+    student: Student
+    relation_set: RelationSet
+    layer_selection: LayerSelection
+    corpus: Corpus
+    task_training: TaskTraining
+    recipe: Recipe
+    training: Training
+    runtime: Runtime
+    tracking: Tracking
+    seed: int
+    outputs_dir: str
+    resume: bool
+    rerun: bool
+    tasks: Tasks = field(default_factory=Tasks)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def outputs(self) -> Path:
+        """The folder of run folders, caches and the tracking database."""
+        return Path(self.outputs_dir)
+
+    @property
+    def student_name(self) -> str:
+        """The option's name while its shape is unchanged, else the shape."""
+        shape = f"l{self.student.num_layers}h{self.student.hidden_size}"
+        return self.student.name if self.student.name in ("tiny", shape) else shape
+
+
+def parse(config: DictConfig, teacher_was_chosen: bool = True) -> Settings:
+    """The typed settings of one run.
+
+    Args:
+        config: The composed config.
+        teacher_was_chosen: False where the teacher group is at its default. A teacher.path then
+            brings its own facts; otherwise they must agree with the chosen teacher's.
+
+    Raises:
+        ExperimentError: A key or value is wrong, missing, or does not fit another one.
+    """
+    config = config.copy()
+    OmegaConf.set_struct(config, False)
+    config.outputs_dir = os.path.abspath(os.path.expanduser(str(config.outputs_dir)))
+    notes = _complete_teacher(config, teacher_was_chosen)
+    _complete_student(config)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Settings), config)
+        settings = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ExperimentError(_explain(error)) from error
+    assert isinstance(settings, Settings)
+    settings.notes.extend(notes)
+    for check in (_check_values, _check_relations, _check_corpus, _check_files):
+        check(settings)
+    return settings
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    message = str(error).splitlines()[0]
+    key = error.full_key or ""
+    if "missing mandatory value" in message.lower():
+        return f"{key} has no value and has no default: add {key}=VALUE"
+    if "not in" in message and "Key" in message:
+        return f"there is no setting {key}: it is misspelt, or belongs elsewhere"
+    return f"{key}: {message}" if key else message
+
+
+def _complete_teacher(config: DictConfig, teacher_was_chosen: bool) -> list[str]:
+    """Facts of a teacher that is given by path and not by name, from its own config.json."""
+    teacher = config.teacher
+    if OmegaConf.is_missing(teacher, "path"):
+        raise ExperimentError("teacher=custom needs teacher.path=FOLDER_OR_HUB_ID")
+    if teacher.get("path") is None or (teacher_was_chosen and teacher.get("name") != "custom"):
+        return []
+    facts = read_facts(str(teacher.path), teacher.get("revision"))
+    num_layers = facts["num_layers"]
+    upper_middle_layer = round(5 * num_layers / 6)
+    wanted_heads = 48 if facts["hidden_size"] <= 768 else 64
+    facts |= {
+        "name": Path(str(teacher.path)).name,
+        "hub_id": None,
+        "package": None,
+        "revision": teacher.get("revision") if teacher.get("name") == "custom" else None,
+        "paper_layer": num_layers,
+        "upper_middle_layer": upper_middle_layer,
+        "num_relation_heads": _fitting_heads(
+            wanted_heads, facts["hidden_size"], int(config.student.hidden_size)
+        ),
+    }
+    teacher.update(facts)
+    return [
+        f"teacher.path: facts read from its config.json; layer {num_layers} (the last),"
+        f" {facts['num_relation_heads']} relation heads (the papers' {wanted_heads}, or the next"
+        f" lower number that divides both hidden sizes)"
+    ]
+
+
+def _fitting_heads(wanted: int, teacher_hidden_size: int, student_hidden_size: int) -> int:
+    common = math.gcd(teacher_hidden_size, student_hidden_size)
+    return max(number for number in range(1, wanted + 1) if common % number == 0)
+
+
+def _complete_student(config: DictConfig) -> None:
+    """The shape that student.config or student.path gives, instead of the group's numbers."""
+    source = config.student.get("config") or config.student.get("path")
+    if source is None:
+        return
+    facts = read_facts(str(source), None)
+    if facts["vocab_size"] != config.teacher.get("vocab_size"):
+        raise ExperimentError(
+            f"the student of {source} has a vocabulary of {facts['vocab_size']}, the teacher of"
+            f" {config.teacher.get('vocab_size')}: relations need the same tokens on both sides;"
+            " choose a student or teacher with the same tokenizer"
+        )
+    if facts["model_type"] != config.teacher.get("model_type"):
+        raise ExperimentError(
+            f"the student of {source} is a {facts['model_type']}, the teacher a"
+            f" {config.teacher.get('model_type')}; a student has its teacher's architecture"
+        )
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "intermediate_size"):
+        config.student[name] = facts[name]
+
+
+def _check_values(settings: Settings) -> None:
+    training, student, runtime = settings.training, settings.student, settings.runtime
+    for name, value, choices in (
+        ("teacher.weights", settings.teacher.weights, ("pretrained", "random")),
+        ("student.init", student.init, ("random", "teacher_layers")),
+        ("corpus.split", settings.corpus.split, ("document", "sentence")),
+        ("recipe", settings.recipe.name, ("task_agnostic", "prepare_corpus")),
+        ("training.precision", training.precision, ("auto", "fp32", "bf16")),
+    ):
+        if value not in choices:
+            raise ExperimentError(f"{name}={value} is not one of {', '.join(choices)}")
+    if runtime.device != "cpu" and not runtime.device.startswith("cuda"):
+        raise ExperimentError(f"runtime.device={runtime.device} is not cpu, cuda or cuda:N")
+    positive: dict[str, float | None] = {
+        "student.num_layers": student.num_layers,
+        "student.hidden_size": student.hidden_size,
+        "student.num_attention_heads": student.num_attention_heads,
+        "student.intermediate_size": student.intermediate_size,
+        "student.embedding_size": student.embedding_size,
+        "relation_set.num_relation_heads": settings.relation_set.num_relation_heads,
+        "runtime.microbatch_size": runtime.microbatch_size,
+        "runtime.num_threads": runtime.num_threads,
+        **{
+            f"{group}.{name}": getattr(getattr(settings, group), name)
+            for group, names in _POSITIVE.items()
+            for name in names
+        },
+    }
+    if settings.tasks.next_passage is not None:
+        for name, value in vars(settings.tasks.next_passage).items():
+            positive[f"tasks.next_passage.{name}"] = value
+    for name, number in positive.items():
+        if number is not None and not (number > 0 and math.isfinite(number)):
+            raise ExperimentError(f"{name}={number} must be a finite number above 0")
+    fractions = {
+        "training.hidden_dropout": training.hidden_dropout,
+        "training.attention_dropout": training.attention_dropout,
+        "training.adam_beta1": training.adam_beta1,
+        "training.adam_beta2": training.adam_beta2,
+        "task_training.hidden_dropout": settings.task_training.hidden_dropout,
+        "task_training.attention_dropout": settings.task_training.attention_dropout,
+        "task_training.warmup_ratio": settings.task_training.warmup_ratio,
+    }
+    for name, number in fractions.items():
+        if not 0 <= number < 1:
+            raise ExperimentError(f"{name}={number} must be at least 0 and below 1")
+    not_negative = {
+        "seed": settings.seed,
+        "training.warmup_steps": training.warmup_steps,
+        "training.weight_decay": training.weight_decay,
+        "task_training.weight_decay": settings.task_training.weight_decay,
+        "runtime.num_workers": runtime.num_workers,
+    }
+    for name, number in not_negative.items():
+        if not (number >= 0 and math.isfinite(number)):
+            raise ExperimentError(f"{name}={number} must not be negative")
+    if settings.seed >= 2**32:
+        raise ExperimentError(f"seed={settings.seed} must be below 2**32")
+    if training.warmup_steps >= training.max_steps:
+        raise ExperimentError(
+            f"training.warmup_steps={training.warmup_steps} must be below"
+            f" training.max_steps={training.max_steps}"
+        )
+    if runtime.microbatch_size and training.batch_size % runtime.microbatch_size:
+        if training.batch_size > runtime.microbatch_size:
+            raise ExperimentError(
+                f"runtime.microbatch_size={runtime.microbatch_size} does not divide"
+                f" training.batch_size={training.batch_size}"
+            )
+    if student.hidden_size % student.num_attention_heads:
+        raise ExperimentError(
+            f"student.num_attention_heads={student.num_attention_heads} does not divide"
+            f" student.hidden_size={student.hidden_size}"
+        )
+
+
+_POSITIVE = {
+    "training": [
+        "max_steps",
+        "batch_size",
+        "learning_rate",
+        "adam_epsilon",
+        "max_grad_norm",
+        "logging_steps",
+        "evaluation_steps",
+        "evaluation_sequences",
+        "checkpoint_steps",
+        "keep_checkpoints",
+    ],
+    "task_training": ["epochs", "batch_size", "learning_rate", "max_length"],
+}
+
+
+def _check_relations(settings: Settings) -> None:
+    pairs = settings.relation_set.pairs
+    wrong = [pair for pair in pairs if len(pair) != 2 or set(pair) - set(STATE_LETTERS)]
+    if wrong or not pairs or len(set(pairs)) < len(pairs):
+        raise ExperimentError(
+            f"relation_set.pairs={pairs} must name at least one relation, none twice, each as two"
+            " letters of q, k and v, for example [qk,vv]"
+        )
+    heads = settings.relation_set.num_relation_heads
+    teacher_size, student_size = settings.teacher.hidden_size, settings.student.hidden_size
+    for owner, size in (("teacher", teacher_size), ("student", student_size)):
+        if size % heads:
+            common = math.gcd(teacher_size, student_size)
+            fitting = [str(number) for number in range(1, 129) if common % number == 0]
+            raise ExperimentError(
+                f"relation_set.num_relation_heads={heads} does not divide the {owner}'s hidden size"
+                f" {size}; numbers that divide both sizes: {', '.join(fitting)}"
+            )
+    layer = settings.layer_selection.teacher_layer
+    if not 1 <= layer <= settings.teacher.num_layers:
+        raise ExperimentError(
+            f"layer_selection.teacher_layer={layer} is outside 1..{settings.teacher.num_layers},"
+            " the teacher's layers counted from 1"
+        )
+    if settings.student.init == "teacher_layers" and settings.student.path is None:
+        if settings.teacher.hidden_size != settings.student.hidden_size:
+            raise ExperimentError(
+                "student.init=teacher_layers copies whole layers, so student.hidden_size"
+                f" must be the teacher's {settings.teacher.hidden_size}; use student.init=random"
+            )
+        if settings.student.num_layers > layer:
+            raise ExperimentError(
+                f"student.init=teacher_layers takes {settings.student.num_layers} of the teacher's"
+                f" layers 1..{layer}; lower student.num_layers or use student.init=random"
+            )
+
+
+def _check_corpus(settings: Settings) -> None:
+    corpus, teacher = settings.corpus, settings.teacher
+    if not 8 <= corpus.block_length <= teacher.max_tokens:
+        raise ExperimentError(
+            f"corpus.block_length={corpus.block_length} must be from 8 to the teacher's"
+            f" {teacher.max_tokens} positions"
+        )
+    if settings.task_training.max_length > teacher.max_tokens:
+        raise ExperimentError(
+            f"task_training.max_length={settings.task_training.max_length} is above the teacher's"
+            f" {teacher.max_tokens} positions"
+        )
+    if not 0 < corpus.held_out_fraction < 1:
+        raise ExperimentError(
+            f"corpus.held_out_fraction={corpus.held_out_fraction} must be between 0 and 1"
+        )
+    if corpus.files and corpus.datasets:
+        raise ExperimentError("give corpus.files or corpus.datasets, not both")
+    if corpus.pretokenized and not corpus.files:
+        raise ExperimentError("corpus.pretokenized=true needs corpus.files=[...]")
+    if corpus.pretokenized and corpus.split == "sentence":
+        raise ExperimentError("corpus.split=sentence needs text; pretokenized input has none")
+    if (
+        corpus.pretokenized
+        and settings.tasks.next_passage is not None
+        and settings.recipe.name == "task_agnostic"
+    ):
+        raise ExperimentError(
+            "task=next_passage is made from text; pretokenized input has none: set task=none"
+        )
+
+
+def _check_files(settings: Settings) -> None:
+    for pattern in settings.corpus.files:
+        if not matching_files(pattern):
+            raise ExperimentError(
+                f"corpus.files: no file matches {pattern} (seen from {os.getcwd()})"
+            )
+
+
+def matching_files(pattern: str) -> list[Path]:
+    """Files that a glob names, in a fixed order; ~ is the home folder."""
+    names = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    return [Path(name) for name in names if os.path.isfile(name)]
+
+
+def flatten(settings: Settings) -> dict[str, Any]:
+    """The settings as dotted names and plain values, without what is null."""
+    flat: dict[str, Any] = {}
+
+    def visit(prefix: str, node: Any) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                visit(f"{prefix}.{key}" if prefix else key, value)
+        elif node is not None:
+            flat[prefix] = node
+
+    visit("", as_dict(settings))
+    return flat
+
+
+def as_dict(settings: Settings) -> dict[str, Any]:
+    """The settings as plain nested data."""
+    plain = asdict(settings)
+    del plain["notes"]
+    return plain

@@ -1,0 +1,238 @@
+"""The student: its shape, its first weights, and what distillation will leave untrained."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from minilm_exp.errors import ExperimentError
+from minilm_exp.qkv import QKVTap
+from minilm_exp.settings import Student
+
+_HIDDEN_DROPOUT = ("hidden_dropout_prob", "hidden_dropout", "dropout", "embedding_dropout",
+                   "mlp_dropout", "resid_pdrop", "embd_pdrop")  # fmt: skip
+_ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
+
+
+def build_student(
+    student: Student,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    teacher_layer: int,
+    dropout: tuple[float, float],
+    seed: int,
+) -> PreTrainedModel:
+    """An encoder of the teacher's architecture in the student's shape, with its first weights.
+
+    The feed-forward size is 4 x hidden_size, as in the released students (the papers do not say),
+    or the teacher's own ratio where the feed-forward is gated. Random weights are drawn as the
+    architecture's library class does it. With init=teacher_layers student layer i of M gets the
+    weights of teacher layer round(i x l / M), where l is the layer that is distilled.
+
+    Args:
+        student: Shape and start.
+        teacher: Gives the architecture, and the weights where init asks for them.
+        tokenizer: The teacher's, which is also the student's.
+        teacher_layer: The layer that is distilled, counted from 1.
+        dropout: Probabilities for hidden states and attention while distilling.
+        seed: Of the random weights.
+
+    Raises:
+        ExperimentError: The shape does not exist in this architecture, or the tokens differ.
+    """
+    if student.path is not None:
+        return _load(student.path, teacher, tokenizer, dropout)
+    if student.config is not None:
+        config = AutoConfig.from_pretrained(student.config)
+    else:
+        config = _shaped_config(student, teacher, teacher_layer)
+    set_dropout(config, *dropout)
+    torch.manual_seed(seed)
+    try:
+        encoder = AutoModel.from_config(config)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ExperimentError(
+            f"student: {config.model_type} cannot be built in this shape: {error}"
+        ) from error
+    if student.init == "teacher_layers":
+        _copy_teacher_layers(encoder, teacher, teacher_layer)
+    return encoder
+
+
+def set_dropout(config: PreTrainedConfig, hidden: float, attention: float) -> None:
+    """Sets the dropout probabilities under the names that the architecture uses."""
+    for names, value in ((_HIDDEN_DROPOUT, hidden), (_ATTENTION_DROPOUT, attention)):
+        for name in names:
+            if getattr(config, name, None) is not None:
+                setattr(config, name, value)
+
+
+def layers_of(encoder: PreTrainedModel) -> nn.ModuleList:
+    """The list of the encoder's Transformer layers.
+
+    Raises:
+        ExperimentError: There is none, as where all layers share their weights.
+    """
+    num_layers = encoder.config.num_hidden_layers
+    for module in encoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise ExperimentError(
+        f"{encoder.config.model_type} has no list of {num_layers} layers of their own"
+    )
+
+
+def untrained_parameters(tap: QKVTap) -> list[str]:
+    """Names of the encoder's parameters that no gradient of the relation loss reaches.
+
+    The loss ends at the last layer's query, key and value, so that layer's attention output and
+    feed-forward, and a pooler, keep their first weights (true of the method, not of this code).
+    """
+    device = next(tap.encoder.parameters()).device
+    states = tap(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
+    total = torch.stack([state.float().sum() for state in states.values()]).sum()
+    parameters = dict(tap.encoder.named_parameters())
+    gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return [name for name, gradient in zip(parameters, gradients) if gradient is None]
+
+
+def count_parameters(encoder: PreTrainedModel) -> tuple[int, int]:
+    """Parameters of an encoder without its pooler, and those of its Transformer layers alone.
+
+    The second number is the papers' "Trm" column (MiniLM, Table 4).
+    """
+    total = sum(
+        parameter.numel() for name, parameter in encoder.named_parameters() if "pooler" not in name
+    )
+    try:
+        layers: nn.Module = layers_of(encoder)
+    except ExperimentError:
+        layers = getattr(encoder, "encoder", encoder)
+    return total, sum(parameter.numel() for parameter in layers.parameters())
+
+
+def _shaped_config(
+    student: Student, teacher: PreTrainedModel, teacher_layer: int
+) -> PreTrainedConfig:
+    config = copy.deepcopy(teacher.config)
+    old_hidden_size, old_heads = config.hidden_size, config.num_attention_heads
+    config.num_hidden_layers = student.num_layers
+    config.hidden_size = student.hidden_size
+    config.num_attention_heads = student.num_attention_heads
+    feed_forward = "hidden_dim" if hasattr(config, "hidden_dim") else "intermediate_size"
+    old_intermediate_size = getattr(config, feed_forward)
+    if student.intermediate_size is not None:
+        intermediate_size = student.intermediate_size
+    elif _is_gated(teacher, old_intermediate_size):
+        intermediate_size = round(old_intermediate_size * student.hidden_size / old_hidden_size)
+    else:
+        intermediate_size = 4 * student.hidden_size
+    setattr(config, feed_forward, intermediate_size)
+    if getattr(config, "head_dim", None) is not None:
+        config.head_dim = student.hidden_size // student.num_attention_heads
+    if getattr(config, "num_key_value_heads", None) is not None:
+        group = old_heads // config.num_key_value_heads
+        config.num_key_value_heads = max(1, student.num_attention_heads // group)
+    if getattr(config, "layer_types", None):
+        config.layer_types = _layer_types(config.layer_types, student.num_layers, teacher_layer)
+    _set_embedding_size(config, student, old_hidden_size)
+    return config
+
+
+def _is_gated(teacher: PreTrainedModel, intermediate_size: int) -> bool:
+    """Whether the feed-forward multiplies two projections, together or apart."""
+    return any(
+        isinstance(module, nn.Linear)
+        and (module.out_features == 2 * intermediate_size or "gate" in name.rsplit(".", 1)[-1])
+        for name, module in teacher.named_modules()
+    )
+
+
+def _layer_types(teacher_types: list[str], num_layers: int, teacher_layer: int) -> list[str]:
+    """Global or local attention per layer: the teacher's pattern counted down from its layer.
+
+    So the student's last layer sees as far as the teacher layer that it learns from.
+    """
+    return [
+        teacher_types[(teacher_layer - num_layers + index) % len(teacher_types)]
+        for index in range(num_layers)
+    ]
+
+
+def _set_embedding_size(
+    config: PreTrainedConfig, student: Student, teacher_hidden_size: int
+) -> None:
+    teacher_size = getattr(config, "embedding_size", None)
+    if teacher_size is None:
+        if student.embedding_size not in (None, student.hidden_size):
+            raise ExperimentError(
+                f"student.embedding_size={student.embedding_size}: {config.model_type} has no"
+                " embedding size apart from its hidden size; leave it at null"
+            )
+    elif student.embedding_size is not None:
+        config.embedding_size = student.embedding_size
+    elif teacher_size == teacher_hidden_size:
+        config.embedding_size = student.hidden_size
+
+
+def _copy_teacher_layers(
+    encoder: PreTrainedModel, teacher: PreTrainedModel, teacher_layer: int
+) -> None:
+    student_layers, teacher_layers = layers_of(encoder), layers_of(teacher)
+    num_layers = len(student_layers)
+    try:
+        for index in range(num_layers):
+            source = round((index + 1) * teacher_layer / num_layers) - 1
+            student_layers[index].load_state_dict(teacher_layers[source].state_dict())
+        prefix = next(name for name, m in encoder.named_modules() if m is student_layers)
+        outside = {
+            name: tensor
+            for name, tensor in teacher.state_dict().items()
+            if not name.startswith(f"{prefix}.")
+        }
+        encoder.load_state_dict(outside, strict=False)
+    except RuntimeError as error:
+        raise ExperimentError(
+            "student.init=teacher_layers: the sizes of student and teacher layers differ (set"
+            f" student.intermediate_size={getattr(teacher.config, 'intermediate_size', '...')}?):"
+            f" {str(error).splitlines()[-1].strip()}"
+        ) from error
+
+
+def _load(
+    path: str,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    dropout: tuple[float, float],
+) -> PreTrainedModel:
+    folder = Path(path).expanduser()
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        set_dropout(config, *dropout)
+        encoder = AutoModel.from_pretrained(folder, config=config)
+        vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+    except Exception as error:  # files can be wrong in as many ways as there are loaders
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExperimentError(f"student.path: {folder} cannot be loaded: {reason}") from error
+    if vocabulary != tokenizer.get_vocab():
+        raise ExperimentError(
+            f"student.path: the tokenizer of {folder} has another vocabulary than the teacher's;"
+            " relations need the same tokens on both sides"
+        )
+    if type(encoder) is not type(teacher):
+        raise ExperimentError(
+            f"student.path: {folder} is a {type(encoder).__name__}, the teacher a"
+            f" {type(teacher).__name__}; a student has its teacher's architecture"
+        )
+    return encoder

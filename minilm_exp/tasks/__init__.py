@@ -1,0 +1,1 @@
+"""Downstream tasks: their data, fine-tuning and scores."""

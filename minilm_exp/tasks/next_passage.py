@@ -1,0 +1,86 @@
+"""A task made from the corpus itself: does the second passage follow the first?"""
+
+from __future__ import annotations
+
+import random
+
+import xxhash
+
+from minilm_exp.documents import sentences
+from minilm_exp.errors import ExperimentError
+from minilm_exp.settings import NextPassage
+from minilm_exp.tasks.examples import Example, TaskData
+
+_FEWEST = 8
+
+
+def make_next_passage(documents: list[str], task: NextPassage) -> TaskData:
+    """Pairs of passages, half of them consecutive in a document (label 1).
+
+    A passage is a run of whole sentences. Of the pairs with label 0, every other one takes its
+    second passage from elsewhere in the same document, so that topic alone does not give the
+    answer; the rest take it from another document of the same split. Documents are divided into
+    training and validation by a hash of their text, and each passage opens one pair at most. The
+    pairs are the same for every seed of a run.
+
+    Raises:
+        ExperimentError: The held-out documents are too few or too short.
+    """
+    passages = [_passages(document, task.passage_characters) for document in documents]
+    by_hash = sorted(
+        (xxhash.xxh3_64_intdigest("\n".join(group).encode()), group)
+        for group in passages
+        if len(group) >= 4
+    )
+    groups = [group for _, group in by_hash]
+    # Equal documents have equal hashes; one copy is enough.
+    groups = [group for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]]
+    total = sum(map(len, groups))
+    share = task.num_validation / (task.num_validation + task.num_train)
+    validation: list[list[str]] = []
+    while len(groups) > len(validation) + 1 and sum(map(len, validation)) < share * total:
+        validation.append(groups[len(validation)])
+    train = groups[len(validation) :]
+    data = TaskData(
+        train=_pairs(train, task.num_train, f"train {task.version}"),
+        validation=_pairs(validation, task.num_validation, f"validation {task.version}"),
+    )
+    if min(len(data.train), len(data.validation)) < _FEWEST:
+        raise ExperimentError(
+            f"task=next_passage needs held-out documents with several passages of"
+            f" {task.passage_characters} characters, some to train on and others to score on; the"
+            f" {len(documents)} held-out documents give {len(data.train)} and"
+            f" {len(data.validation)} pairs: set task=none, raise corpus.held_out_fraction, give"
+            " more text, or lower tasks.next_passage.passage_characters"
+        )
+    return data
+
+
+def _passages(document: str, num_characters: int) -> list[str]:
+    passages: list[str] = []
+    current: list[str] = []
+    for sentence in sentences(document):
+        current.append(sentence)
+        if sum(map(len, current)) >= num_characters:
+            passages.append(" ".join(current))
+            current = []
+    return passages
+
+
+def _pairs(groups: list[list[str]], number: int, seed: str) -> list[Example]:
+    draw = random.Random(f"next_passage {seed}")
+    firsts = [(g, i) for g, group in enumerate(groups) for i in range(len(group) - 1)]
+    draw.shuffle(firsts)
+    pairs = []
+    for count, (g, i) in enumerate(firsts[:number]):
+        is_next, same_document = count % 2 == 0, count % 4 == 1 or len(groups) == 1
+        if is_next:
+            second = groups[g][i + 1]
+        elif same_document:
+            elsewhere = [j for j in range(len(groups[g])) if j not in (i, i + 1)]
+            second = groups[g][draw.choice(elsewhere)]
+        else:
+            other = draw.choice([h for h in range(len(groups)) if h != g])
+            second = draw.choice(groups[other])
+        pairs.append(Example(first=groups[g][i], second=second, label=int(is_next)))
+    return pairs

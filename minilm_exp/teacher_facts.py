@@ -1,0 +1,76 @@
+"""What a checkpoint's config.json says of its shape, under the same names for all architectures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from minilm_exp.errors import ExperimentError
+
+_NAMES = {
+    "num_layers": ("num_hidden_layers", "n_layers", "num_layers"),
+    "hidden_size": ("hidden_size", "dim", "d_model", "n_embd"),
+    "num_attention_heads": ("num_attention_heads", "n_heads", "n_head"),
+    "intermediate_size": ("intermediate_size", "hidden_dim", "n_inner"),
+    "vocab_size": ("vocab_size",),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions"),
+}
+
+
+def read_facts(source: str, revision: str | None) -> dict[str, Any]:
+    """Model type and sizes of a folder, a config.json or a hub id.
+
+    Raises:
+        ExperimentError: There is no readable config.json, or it lacks a size.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = path / "config.json"
+    if path.is_file():
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ExperimentError(f"{path} is not valid JSON: {error}") from error
+    elif path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ExperimentError(f"{path} does not exist: give a folder with a config.json")
+    else:
+        config = _read_from_hub(source, revision)
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ExperimentError(f"{path} names no model_type: it is not a transformers config.json")
+    return facts_of(config, str(path))
+
+
+def facts_of(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """The same from the content of a config.json."""
+    facts: dict[str, Any] = {"model_type": config["model_type"]}
+    for fact, names in _NAMES.items():
+        values = [config[name] for name in names if config.get(name) is not None]
+        if not values:
+            if fact == "intermediate_size" and "hidden_size" in facts:
+                values = [4 * facts["hidden_size"]]
+            else:
+                raise ExperimentError(
+                    f"{source} ({config['model_type']}) names none of {', '.join(names)}; add it,"
+                    " or choose an encoder that has it"
+                )
+        facts[fact] = values[0]
+    return facts
+
+
+def _read_from_hub(hub_id: str, revision: str | None) -> dict[str, Any]:
+    from transformers import PreTrainedConfig
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(hub_id, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ExperimentError(download_failed(hub_id)) from error
+    return config
+
+
+def download_failed(hub_id: str) -> str:
+    """What to do when the hub does not answer or does not have a model."""
+    return (
+        f"{hub_id} is no folder here and cannot be had from the hub (no network, or no such model);"
+        " give a local copy with teacher.path=FOLDER, or teacher.weights=random for a smoke run"
+    )

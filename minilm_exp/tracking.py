@@ -1,0 +1,147 @@
+"""MLflow: one run for each experiment, failed ones too."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+# MLflow phones home by default; nobody asked for that.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
+
+from minilm_exp.errors import ExperimentError
+from minilm_exp.redaction import redact
+
+_MAX_TAG_LENGTH = 5000
+_MAX_PARAM_LENGTH = 6000
+
+
+class Tracker:
+    """Writes one MLflow run. Passwords in URIs and tokens are blacked out in all it writes."""
+
+    def __init__(self, client: MlflowClient, run_id: str, resumed: bool) -> None:
+        self._client = client
+        self.run_id = run_id
+        self._resumed = resumed
+        self._last_steps: dict[str, int] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int = 0) -> None:
+        """Metrics of one step; what a resumed run had logged before is not logged twice."""
+        now = int(time.time() * 1000)
+        entities = [
+            Metric(name, float(value), now, step)
+            for name, value in metrics.items()
+            if not self._resumed or step > self._last_step(name)
+        ]
+        self._client.log_batch(self.run_id, metrics=entities)
+
+    def history(self, name: str) -> list[tuple[int, float]]:
+        """Steps and values of a metric so far."""
+        metrics = self._client.get_metric_history(self.run_id, name)
+        return sorted((metric.step, metric.value) for metric in metrics)
+
+    def _last_step(self, name: str) -> int:
+        if name not in self._last_steps:
+            self._last_steps[name] = max((step for step, _ in self.history(name)), default=-1)
+        return self._last_steps[name]
+
+    def log_params(self, params: dict[str, Any]) -> None:
+        """Settings by name; what was logged before must not change."""
+        entities = [
+            Param(name, redact(str(value))[:_MAX_PARAM_LENGTH]) for name, value in params.items()
+        ]
+        for start in range(0, len(entities), 100):
+            self._client.log_batch(self.run_id, params=entities[start : start + 100])
+
+    def set_tags(self, tags: dict[str, str]) -> None:
+        """Tags by name."""
+        entities = [RunTag(name, redact(value)[:_MAX_TAG_LENGTH]) for name, value in tags.items()]
+        self._client.log_batch(self.run_id, tags=entities)
+
+    def log_dataset(self, name: str, digest: str, source: str, context: str) -> None:
+        """What was trained on or scored with."""
+        dataset = Dataset(name=name, digest=digest[:36], source_type="local", source=redact(source))
+        tag = InputTag("mlflow.data.context", context)
+        self._client.log_inputs(self.run_id, [DatasetInput(dataset, [tag])])
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """A file, or a folder with all in it."""
+        if path.is_dir():
+            self._client.log_artifacts(self.run_id, str(path), folder or path.name)
+        else:
+            self._client.log_artifact(self.run_id, str(path), folder)
+
+    def log_text(self, text: str, name: str) -> None:
+        """A text as an artifact."""
+        self._client.log_text(self.run_id, redact(text), name)
+
+    def log_figure(self, figure: Any, name: str) -> None:
+        """A matplotlib figure as an artifact."""
+        self._client.log_figure(self.run_id, figure, name)
+
+    def finish(self, status: str) -> None:
+        """Ends the run: FINISHED, FAILED or KILLED."""
+        self._client.set_terminated(self.run_id, status)
+
+
+def start_tracking(
+    uri: str,
+    experiment: str,
+    outputs: Path,
+    run_name: str,
+    run_id: str | None = None,
+) -> Tracker:
+    """Opens the store and starts a run, or goes on with the run of the given id.
+
+    Raises:
+        ExperimentError: The store cannot be reached.
+    """
+    outputs.mkdir(parents=True, exist_ok=True)
+    try:
+        # Two processes that create the same database at once would break each other.
+        with FileLock(outputs / "mlflow.lock"):
+            client = MlflowClient(tracking_uri=uri)
+            found = client.get_experiment_by_name(experiment)
+            if found is not None:
+                experiment_id = found.experiment_id
+            else:
+                local = uri.startswith("sqlite:")
+                experiment_id = client.create_experiment(
+                    experiment,
+                    artifact_location=(outputs / "artifacts").as_uri() if local else None,
+                )
+        if run_id is not None and _exists(client, run_id):
+            client.update_run(run_id, status="RUNNING")
+            return Tracker(client, run_id, resumed=True)
+        run_id = client.create_run(experiment_id, run_name=run_name).info.run_id
+        return Tracker(client, run_id, resumed=False)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExperimentError(
+            redact(
+                f"tracking.uri={uri} cannot be used: {reason[:300]}; check it, or use"
+                " tracking=local"
+            )
+        ) from error
+
+
+def _exists(client: MlflowClient, run_id: str) -> bool:
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException:
+        return False
+
+
+def end_interrupted(uri: str, run_id: str) -> None:
+    """Marks a run as KILLED that a process left behind when it was killed."""
+    client = MlflowClient(tracking_uri=uri)
+    if _exists(client, run_id) and client.get_run(run_id).info.status == "RUNNING":
+        client.set_terminated(run_id, "KILLED")

@@ -1,0 +1,136 @@
+"""Distils a transformer encoder: python run.py teacher=bert_large student=l6h768 relations=kk_vv.
+
+The one entrypoint. What a run does is in minilm_exp/pipeline.py; here is only what ties it to
+Hydra and to the terminal.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from minilm_exp.errors import ExperimentError
+from minilm_exp.redaction import redact
+
+REPOSITORY = Path(__file__).resolve().parent
+_failed_jobs: list[str] = []
+_finished_jobs: list[tuple[str, Any]] = []
+
+OmegaConf.register_resolver("repository", lambda: str(REPOSITORY))
+
+
+@hydra.main(config_path="conf", config_name="config")
+def job(config: DictConfig) -> float | None:
+    """One run; its score is what a sweep maximises."""
+    hydra_config = HydraConfig.get()
+    try:
+        return _run(config, hydra_config)
+    except Exception as error:
+        if hydra_config.mode == RunMode.MULTIRUN:
+            name = f"job {hydra_config.job.num} ({hydra_config.job.override_dirname})"
+            _failed_jobs.append(f"{name}: {_explain(error)}")
+            print(f"error in {redact(_failed_jobs[-1])}", file=sys.stderr)
+        raise
+
+
+def _run(config: DictConfig, hydra_config: Any) -> float | None:
+    from minilm_exp.settings import parse
+
+    chosen = hydra_config.runtime.choices
+    teacher_was_chosen = chosen.teacher != "minilm_l6" or any(
+        override.split("=")[0] == "teacher" for override in hydra_config.overrides.task
+    )
+    settings = parse(config, teacher_was_chosen)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Heavy imports come after the config has been found right.
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    from minilm_exp.pipeline import run_experiment
+    from minilm_exp.result import Result
+    from minilm_exp.summary import print_summary
+
+    outcome = run_experiment(settings)
+    if isinstance(outcome, Result):
+        print_summary(settings, outcome)
+        _finished_jobs.append((hydra_config.job.override_dirname, outcome))
+        return outcome.score
+    print(
+        f"corpus ready in {outcome.folder}: {outcome.num_documents} documents,"
+        f" {len(outcome.train)} examples ({outcome.train.num_tokens} tokens) to train on,"
+        f" {len(outcome.validation)} held out"
+    )
+    return None
+
+
+def _explain(error: BaseException) -> str:
+    """One message for people; the cause where Hydra wraps it."""
+    if "No space left on device" in str(error) or getattr(error, "errno", None) == 28:
+        return "the disk is full: free space, or set outputs_dir to another disk; then resume=true"
+    if "database or disk is full" in str(error):
+        return "the disk of the tracking database is full: free space, or set outputs_dir"
+    if isinstance(error, ExperimentError):
+        return str(error)
+    if isinstance(error, PermissionError):
+        return f"{error.filename} cannot be written: change its rights, or set outputs_dir"
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        cause = error.__cause__
+        return (
+            f"{error}\n{cause}"
+            if cause is not None and str(cause) not in str(error)
+            else str(error)
+        )
+    return f"unexpected {type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)"
+
+
+def _redact_logs() -> None:
+    """Every log record of every library, Hydra's echo of the overrides too."""
+    make = logging.getLogRecordFactory()
+
+    def make_redacted(*arguments: object, **named: object) -> logging.LogRecord:
+        record = make(*arguments, **named)
+        record.msg, record.args = redact(record.getMessage()), ()
+        return record
+
+    logging.setLogRecordFactory(make_redacted)
+
+
+def main() -> None:
+    """Runs Hydra and turns what goes wrong into one message and an exit status."""
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+    # Makes Hydra raise instead of printing its own shortened traceback.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    _redact_logs()
+    try:
+        job()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; resume=true goes on from the last checkpoint")
+    except Exception as error:
+        if wants_traceback:
+            raise
+        if not _failed_jobs:
+            sys.exit(f"error: {redact(_explain(error))}")
+    finally:
+        if len(_finished_jobs) > 1:
+            from minilm_exp.summary import print_comparison
+
+            print_comparison(_finished_jobs)
+    if _failed_jobs:
+        sys.exit(f"error: {len(_failed_jobs)} of the runs failed, see above; the others stand")
+
+
+if __name__ == "__main__":
+    main()
