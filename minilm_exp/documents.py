@@ -7,9 +7,9 @@ import gzip
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.settings import Corpus, matching_files
@@ -150,7 +150,7 @@ def _read_text(path: Path) -> Iterator[str]:
         yield "\n".join(lines)
 
 
-def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
+def _decoded(path: Path, file: Iterable[bytes]) -> Iterator[str]:
     for number, line in enumerate(file, start=1):
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")

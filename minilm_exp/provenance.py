@@ -42,7 +42,7 @@ def run_key(settings: Settings, precision: str, fingerprints: dict[str, str]) ->
         del plain[name]
     for group, names in {
         "teacher": ("name", "path", "hub_id", "revision", "package"),
-        "student": ("name", "path", "config"),
+        "student": ("path", "config"),
         "corpus": ("files", "datasets"),
     }.items():
         for name in names:

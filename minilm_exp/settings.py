@@ -59,7 +59,6 @@ _POSITIONS_FROM_PADDING = {"roberta", "xlm-roberta", "camembert", "data2vec-text
 class Student:
     """The shape and the start of the model that learns."""
 
-    name: str
     num_layers: int
     hidden_size: int
     num_attention_heads: int
@@ -226,9 +225,8 @@ class Settings:
 
     @property
     def student_name(self) -> str:
-        """The option's name while its shape is unchanged, else the shape."""
-        shape = f"l{self.student.num_layers}h{self.student.hidden_size}"
-        return self.student.name if self.student.name in ("tiny", shape) else shape
+        """The shape, as in the papers."""
+        return f"l{self.student.num_layers}h{self.student.hidden_size}"
 
 
 def parse(config: DictConfig, teacher_was_chosen: bool = True) -> Settings:
@@ -256,7 +254,28 @@ def parse(config: DictConfig, teacher_was_chosen: bool = True) -> Settings:
     settings.notes.extend(notes)
     for check in (_check_values, _check_relations, _check_corpus, _check_files):
         check(settings)
+    _resolve_init(settings)
     return settings
+
+
+def _resolve_init(settings: Settings) -> None:
+    student, teacher = settings.student, settings.teacher
+    if student.init != "auto" or student.path is not None:
+        return
+    intermediate_size = student.intermediate_size or 4 * student.hidden_size
+    agree = (
+        student.hidden_size == teacher.hidden_size
+        and student.num_attention_heads == teacher.num_attention_heads
+        and intermediate_size == teacher.intermediate_size
+        and student.num_layers <= settings.layer_selection.teacher_layer
+        and student.embedding_size is None
+        and student.config is None
+    )
+    student.init = "teacher_layers" if agree else "random"
+    settings.notes.append(
+        f"student.init=auto: {student.init}, because student and teacher layers have"
+        f" {'the same sizes' if agree else 'different sizes'}"
+    )
 
 
 def _explain(error: OmegaConfBaseException) -> str:
@@ -329,7 +348,7 @@ def _check_values(settings: Settings) -> None:
     training, student, runtime = settings.training, settings.student, settings.runtime
     for name, value, choices in (
         ("teacher.weights", settings.teacher.weights, ("pretrained", "random")),
-        ("student.init", student.init, ("random", "teacher_layers")),
+        ("student.init", student.init, ("random", "teacher_layers", "auto")),
         ("corpus.split", settings.corpus.split, ("document", "sentence")),
         ("recipe", settings.recipe.name, ("task_agnostic", "prepare_corpus")),
         ("training.precision", training.precision, ("auto", "fp32", "bf16")),

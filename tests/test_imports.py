@@ -1,0 +1,69 @@
+"""The one direction of imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "minilm_exp"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Later files may import earlier ones, never the other way.
+ORDER = [
+    "errors", "redaction", "teacher_facts", "settings", "provenance", "precision", "relations",
+    "qkv", "teacher", "student", "documents", "corpus", "progress", "distil", "tasks.examples",
+    "tasks.next_passage", "tasks.finetune", "speed", "result", "run_folder", "export", "plots",
+    "tracking", "pipeline", "summary",
+]  # fmt: skip
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def name_of(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def test_every_file_has_its_place():
+    """A new file that no one has put in order."""
+    names = {name_of(path) for path in FILES if path.name != "__init__.py"}
+    assert names == set(ORDER)
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.name != "__init__.py"], ids=name_of)
+def test_imports_point_back(path):
+    """A cycle, or the loss that begins to know of the trainer."""
+    own = ORDER.index(name_of(path))
+    for module in imported(path):
+        if module.startswith("minilm_exp."):
+            assert ORDER.index(module.removeprefix("minilm_exp.")) < own, module
+
+
+@pytest.mark.parametrize(
+    ("library", "allowed"),
+    [
+        ("hydra", set()),
+        ("optuna", set()),
+        ("mlflow", {"tracking"}),
+        ("omegaconf", {"settings"}),
+    ],
+)
+def test_libraries_stay_in_their_place(library, allowed):
+    """A second place that talks to the same library and does it differently."""
+    users = {
+        name_of(path)
+        for path in FILES
+        if any(module.split(".")[0] == library for module in imported(path))
+    }
+    assert users == allowed
+
+
+def test_the_loss_needs_torch_only():
+    """A loss that cannot be used without the rest."""
+    modules = {module.split(".")[0] for module in imported(PACKAGE / "relations.py")}
+    assert modules <= {"__future__", "collections", "torch"}
