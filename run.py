@@ -24,7 +24,7 @@ from minilm_exp.redaction import redact
 
 REPOSITORY = Path(__file__).resolve().parent
 _failed_jobs: list[str] = []
-_finished_jobs: list[tuple[str, Any]] = []
+_finished_jobs: list[tuple[list[str], Any]] = []
 
 OmegaConf.register_resolver("repository", lambda: str(REPOSITORY))
 
@@ -33,6 +33,8 @@ OmegaConf.register_resolver("repository", lambda: str(REPOSITORY))
 def job(config: DictConfig) -> float | None:
     """One run; its score is what a sweep maximises."""
     hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN:
+        _redact_file(Path(hydra_config.sweep.dir) / "multirun.yaml")
     try:
         return _run(config, hydra_config)
     except Exception as error:
@@ -66,7 +68,7 @@ def _run(config: DictConfig, hydra_config: Any) -> float | None:
     outcome = run_experiment(settings)
     if isinstance(outcome, Result):
         print_summary(settings, outcome)
-        _finished_jobs.append((hydra_config.job.override_dirname, outcome))
+        _finished_jobs.append((list(hydra_config.overrides.task), outcome))
         return outcome.score
     print(
         f"corpus ready in {outcome.folder}: {outcome.num_documents} documents,"
@@ -96,6 +98,27 @@ def _explain(error: BaseException) -> str:
     return f"unexpected {type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)"
 
 
+def _redact_file(path: Path) -> None:
+    """Takes secrets out of the record that Hydra keeps of a multirun."""
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        if redact(text) != text:
+            path.write_text(redact(text), encoding="utf-8")
+
+
+class _RedactedStream:
+    """Standard error without secrets: Hydra writes the overrides of a failed job to it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return int(self._stream.write(redact(text)))
+
+
 def _redact_logs() -> None:
     """Every log record of every library, Hydra's echo of the overrides too."""
     make = logging.getLogRecordFactory()
@@ -103,6 +126,9 @@ def _redact_logs() -> None:
     def make_redacted(*arguments: object, **named: object) -> logging.LogRecord:
         record = make(*arguments, **named)
         record.msg, record.args = redact(record.getMessage()), ()
+        if record.exc_info:
+            record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+            record.exc_info = None
         return record
 
     logging.setLogRecordFactory(make_redacted)
@@ -114,6 +140,7 @@ def main() -> None:
     # Makes Hydra raise instead of printing its own shortened traceback.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     _redact_logs()
+    sys.stderr = _RedactedStream(sys.stderr)
     try:
         job()
     except KeyboardInterrupt:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 import numpy
 import torch
 import xxhash
+from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -82,7 +82,8 @@ def prepare_corpus(
     packing each document is an example of its own, cut off at block_length tokens.
 
     A document belongs to the held-out part by a hash of its text, so equal documents never stand
-    on both sides, and adding text moves none of the old. The first document is always held out.
+    on both sides, and text that is added behind moves none of the old. The first document is always
+    held out, so that there is one.
 
     Raises:
         ExperimentError: The corpus is unreadable, or too small for one block in each part.
@@ -102,12 +103,14 @@ def prepare_corpus(
         )
     )
     folder = settings.outputs / "cache" / "corpus" / key
-    meta = _read_cache(folder)
-    if meta is None:
-        _build_cache(settings, tokenizer, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{key}.lock")):
         meta = _read_cache(folder)
         if meta is None:
-            raise ExperimentError(f"{folder} is damaged right after it was written: bad disk?")
+            _build_cache(settings, tokenizer, folder)
+            meta = _read_cache(folder)
+    if meta is None:
+        raise ExperimentError(f"{folder} is damaged right after it was written: bad disk?")
     parts = {part: Blocks(folder, part, meta["dtype"]) for part in _PARTS}
     return PreparedCorpus(
         folder=folder,
@@ -122,7 +125,9 @@ def fingerprint_corpus(corpus: Corpus) -> str:
     """Hash of the content of a corpus; of a hub data set, of its resolved revisions."""
     if corpus.files:
         files = [path for pattern in corpus.files for path in matching_files(pattern)]
-        content = fingerprint_files(files)
+        # The same bytes mean another thing as .txt and as .jsonl.
+        kinds = [path.name.lower().split(".")[1:] for path in files]
+        content = f"{fingerprint_files(files)} {kinds}"
     elif corpus.datasets:
         content = json.dumps(
             [asdict(source) | {"revision": _resolve(source)} for source in corpus.datasets]
@@ -151,7 +156,10 @@ def _resolve(source: Any) -> str:
 def _read_cache(folder: Path) -> dict[str, Any] | None:
     """The cache's facts, or None where it is absent, cut off or changed."""
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta_file = folder / "meta.json"
+        meta = json.loads(meta_file.read_text(encoding="utf-8"))
+        if meta.pop("digest") != fingerprint_text(json.dumps(meta)):
+            raise ValueError(f"{meta_file} was changed")
         for name, expected in meta["files"].items():
             if _hash(folder / name) != expected:
                 _log.warning("corpus cache %s: %s is damaged; it is built again", folder, name)
@@ -166,12 +174,12 @@ def _read_cache(folder: Path) -> dict[str, Any] | None:
 
 def _build_cache(settings: Settings, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     corpus = settings.corpus
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
+    writers = {part: _Writer(partial, part, dtype, tokenizer, corpus) for part in _PARTS}
     try:
-        dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
-        writers = {part: _Writer(partial, part, dtype, tokenizer, corpus) for part in _PARTS}
         num_documents = 0
         first_hash = None
         with (
@@ -190,8 +198,8 @@ def _build_cache(settings: Settings, tokenizer: PreTrainedTokenizerFast, folder:
                     is_held_out = digest == first_hash or (
                         digest / 2**64 < corpus.held_out_fraction
                     )
-                    if is_held_out and document.text is not None:
-                        held_out.write(json.dumps(document.text) + "\n")
+                    if is_held_out and document.ids is None:
+                        held_out.write(json.dumps(document.content.decode()) + "\n")
                     writers["validation" if is_held_out else "train"].add(examples)
                     bar.update(len(document.content))
                     num_documents += 1
@@ -216,24 +224,21 @@ def _build_cache(settings: Settings, tokenizer: PreTrainedTokenizerFast, folder:
             "num_truncated": sum(writer.num_truncated for writer in writers.values()),
             "files": {path.name: _hash(path) for path in sorted(partial.iterdir())},
         }
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        signed = meta | {"digest": fingerprint_text(json.dumps(meta))}
+        (partial / "meta.json").write_text(json.dumps(signed), "utf-8")
         shutil.rmtree(folder, ignore_errors=True)
-        try:
-            partial.rename(folder)
-        except OSError:
-            # Another process finished the same cache first; what it wrote is the same.
-            if not folder.exists():
-                raise
+        partial.rename(folder)
     finally:
+        for writer in writers.values():
+            writer.close()
         shutil.rmtree(partial, ignore_errors=True)
 
 
 @dataclass
 class _Document:
-    """One document: its text, or its token ids where it came without text."""
+    """One document: its text in UTF-8, or its token ids where it came without text."""
 
     content: bytes
-    text: str | None = None
     ids: list[int] | None = None
 
 
@@ -241,7 +246,7 @@ def _documents(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> Iterator[_
     if not corpus.pretokenized:
         for text in read_documents(corpus):
             # Lone surrogates, which JSON can hold, are no text.
-            yield _Document(text.encode("utf-8", errors="replace"), text=text)
+            yield _Document(text.encode("utf-8", errors="replace"))
         return
     for ids in read_token_ids(corpus):
         wrong = [i for i in ids if not 0 <= i < len(tokenizer)]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, RandomSampler, Subset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -125,9 +125,9 @@ def distil(
         settings.relation_set.state_pairs,
         settings.relation_set.num_relation_heads,
     )
-    untrained = set(untrained_parameters(distiller.student))
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(name not in untrained)
+    untrained = [student.get_parameter(name) for name in untrained_parameters(distiller.student)]
+    for parameter in untrained:
+        parameter.requires_grad_(False)
     trainer = _DistillationTrainer(
         model=distiller,
         args=_training_arguments(settings, precision, checkpoints),
@@ -148,7 +148,8 @@ def distil(
         return trainer.relation_losses_on(trainer.eval_dataset)
     finally:
         distiller.close()
-        student.requires_grad_(True)
+        for parameter in untrained:
+            parameter.requires_grad_(True)
 
 
 class _DistillationTrainer(Trainer):
@@ -162,6 +163,12 @@ class _DistillationTrainer(Trainer):
         distiller: RelationDistiller = arguments["model"]
         self._distiller = distiller
         self._names = [f"{first}-{second}" for first, second in distiller.pairs]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
+        """Whole steps only, so that an epoch's end is the same for every micro-batch size."""
+        blocks: Any = self.train_dataset if train_dataset is None else train_dataset
+        batch_size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return RandomSampler(blocks, num_samples=len(blocks) // batch_size * batch_size)
 
     def compute_loss(
         self,
@@ -202,14 +209,22 @@ class _DistillationTrainer(Trainer):
             {f"distill/validation/{name}": value for name, value in losses.items()},
             self.state.global_step,
         )
-        return {f"eval_{name}": value for name, value in losses.items()}
+        metrics = {f"eval_{name}": value for name, value in losses.items()}
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
 
     @torch.no_grad()
     def relation_losses_on(self, examples: Any) -> dict[str, float]:
         """Mean over sequences of each relation's loss, and their sum."""
         model = self._distiller.eval()
         loader = DataLoader(
-            examples, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator
+            examples,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+            # Of its own, so that evaluating draws nothing that training would have drawn.
+            generator=torch.Generator(),
         )
         sums = torch.zeros(len(self._names), dtype=torch.float64)
         num_sequences = 0
@@ -248,7 +263,15 @@ class Collator:
 
 
 class _MarkWhole(TrainerCallback):
-    """Marks a checkpoint as whole once all of it is on disk, with the sizes of its files."""
+    """Marks a checkpoint as whole once all of it is on disk, with the sizes of its files.
+
+    What is averaged for the log is written out with it, so that a resumed run logs the same.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        control.should_log = control.should_log or control.should_save
 
     def on_save(
         self,

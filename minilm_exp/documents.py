@@ -7,6 +7,7 @@ import gzip
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from minilm_exp.settings import Corpus, matching_files
 # few books is still a share, and memory stays bounded.
 SECTION_CHARACTERS = 200_000
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[。！？])|(?<=[؟।])\s*")
+_SENTENCE_END = re.compile(r"[.!?]+[\"')\]”’»]*\s+|[。！？]+[」』”’）]*\s*|[؟।]+[\"')\]”’»]*\s*")
 
 
 def read_documents(corpus: Corpus) -> Iterator[str]:
@@ -62,12 +63,16 @@ def sentences(document: str) -> list[str]:
     A plain rule that serves Latin, Chinese, Japanese, Arabic and Devanagari punctuation; it also
     cuts after abbreviations, which neither packing nor the embedded task minds.
     """
-    parts = (
-        part.strip()
-        for paragraph in document.splitlines()
-        for part in _SENTENCE_END.split(paragraph)
-    )
+    parts = (part.strip() for paragraph in document.splitlines() for part in _split(paragraph))
     return [part for part in parts if part]
+
+
+def _split(paragraph: str) -> Iterator[str]:
+    start = 0
+    for end in _SENTENCE_END.finditer(paragraph):
+        yield paragraph[start : end.end()]
+        start = end.end()
+    yield paragraph[start:]
 
 
 def demo_file() -> Path:
@@ -172,7 +177,7 @@ def _read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
                         raise ExperimentError(
                             f"{path}, line {number}: not valid JSON ({error})"
                         ) from error
-    except (EOFError, gzip.BadGzipFile, OSError) as error:
+    except (EOFError, zlib.error, OSError) as error:
         raise ExperimentError(f"{path} cannot be read: {error}") from error
 
 
@@ -182,20 +187,21 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
 
     try:
         file = parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ExperimentError(f"{path} is not a readable parquet file: {error}") from error
-    if text_column not in file.schema_arrow.names:
-        raise ExperimentError(
-            f"{path} has no column {text_column!r} but {', '.join(file.schema_arrow.names)};"
-            " set corpus.text_column"
-        )
-    for batch in file.iter_batches(columns=[text_column]):
-        for text in batch.column(0).to_pylist():
-            if text is not None and not isinstance(text, str):
-                raise ExperimentError(
-                    f"{path}: column {text_column!r} is not text; set corpus.text_column"
-                )
-            yield text or ""
+        if text_column not in file.schema_arrow.names:
+            raise ExperimentError(
+                f"{path} has no column {text_column!r} but {', '.join(file.schema_arrow.names)};"
+                " set corpus.text_column"
+            )
+        for batch in file.iter_batches(columns=[text_column]):
+            for text in batch.column(0).to_pylist():
+                if text is not None and not isinstance(text, str):
+                    raise ExperimentError(
+                        f"{path}: column {text_column!r} is not text; set corpus.text_column"
+                    )
+                yield text or ""
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ExperimentError(f"{path} is not a readable parquet file: {reason}") from error
 
 
 def _read_datasets(corpus: Corpus) -> Iterator[str]:

@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "mlflow", "hydra-core")
 _MODEL_FILES = (
-    "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*", "*.model",
+    "config.json", "*.safetensors", "*.bin", "*.index.json", "tokenizer*", "vocab*", "*.model",
     "merges.txt", "special_tokens_map.json",
 )  # fmt: skip
 

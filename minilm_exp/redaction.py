@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 
-_PASSWORD_IN_URI = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s/:@]*):[^\s/]*@", re.IGNORECASE)
+# Hydra writes a colon in an override with a backslash before it.
+_PASSWORD_IN_URI = re.compile(r"(\b[a-z][a-z0-9+.-]*\\*://[^\s/:@\\]*\\*):[^\s/]*@", re.IGNORECASE)
 _NAMED_SECRET = re.compile(
     r"((?:token|password|passwd|secret|api_?key)\b['\"]?\s*[=:]\s*['\"]?)[^\s&,;'\"]+",
     re.IGNORECASE,

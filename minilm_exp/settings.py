@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -243,8 +244,8 @@ def parse(config: DictConfig, teacher_was_chosen: bool = True) -> Settings:
     config = config.copy()
     OmegaConf.set_struct(config, False)
     config.outputs_dir = os.path.abspath(os.path.expanduser(str(config.outputs_dir)))
+    student_facts = _complete_student(config)
     notes = _complete_teacher(config, teacher_was_chosen)
-    _complete_student(config)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Settings), config)
         settings = OmegaConf.to_object(merged)
@@ -252,6 +253,7 @@ def parse(config: DictConfig, teacher_was_chosen: bool = True) -> Settings:
         raise ExperimentError(_explain(error)) from error
     assert isinstance(settings, Settings)
     settings.notes.extend(notes)
+    _check_student(settings, student_facts)
     for check in (_check_values, _check_relations, _check_corpus, _check_files):
         check(settings)
     _resolve_init(settings)
@@ -307,7 +309,7 @@ def _complete_teacher(config: DictConfig, teacher_was_chosen: bool) -> list[str]
         "paper_layer": num_layers,
         "upper_middle_layer": upper_middle_layer,
         "num_relation_heads": _fitting_heads(
-            wanted_heads, facts["hidden_size"], int(config.student.hidden_size)
+            wanted_heads, facts["hidden_size"], config.student.hidden_size
         ),
     }
     teacher.update(facts)
@@ -318,30 +320,39 @@ def _complete_teacher(config: DictConfig, teacher_was_chosen: bool) -> list[str]
     ]
 
 
-def _fitting_heads(wanted: int, teacher_hidden_size: int, student_hidden_size: int) -> int:
+def _fitting_heads(wanted: int, teacher_hidden_size: int, student_hidden_size: Any) -> int:
+    if not isinstance(student_hidden_size, int) or student_hidden_size < 1:
+        return wanted  # what is no size is refused with the other values
     common = math.gcd(teacher_hidden_size, student_hidden_size)
     return max(number for number in range(1, wanted + 1) if common % number == 0)
 
 
-def _complete_student(config: DictConfig) -> None:
+def _complete_student(config: DictConfig) -> dict[str, Any] | None:
     """The shape that student.config or student.path gives, instead of the group's numbers."""
     source = config.student.get("config") or config.student.get("path")
     if source is None:
-        return
+        return None
     facts = read_facts(str(source), None)
-    if facts["vocab_size"] != config.teacher.get("vocab_size"):
-        raise ExperimentError(
-            f"the student of {source} has a vocabulary of {facts['vocab_size']}, the teacher of"
-            f" {config.teacher.get('vocab_size')}: relations need the same tokens on both sides;"
-            " choose a student or teacher with the same tokenizer"
-        )
-    if facts["model_type"] != config.teacher.get("model_type"):
-        raise ExperimentError(
-            f"the student of {source} is a {facts['model_type']}, the teacher a"
-            f" {config.teacher.get('model_type')}; a student has its teacher's architecture"
-        )
     for name in ("num_layers", "hidden_size", "num_attention_heads", "intermediate_size"):
         config.student[name] = facts[name]
+    return facts
+
+
+def _check_student(settings: Settings, facts: dict[str, Any] | None) -> None:
+    if facts is None:
+        return
+    source, teacher = settings.student.config or settings.student.path, settings.teacher
+    if facts["vocab_size"] != teacher.vocab_size:
+        raise ExperimentError(
+            f"the student of {source} has a vocabulary of {facts['vocab_size']}, the teacher of"
+            f" {teacher.vocab_size}: relations need the same tokens on both sides; choose a student"
+            " or teacher with the same tokenizer"
+        )
+    if facts["model_type"] != teacher.model_type:
+        raise ExperimentError(
+            f"the student of {source} is a {facts['model_type']}, the teacher a"
+            f" {teacher.model_type}; a student has its teacher's architecture"
+        )
 
 
 def _check_values(settings: Settings) -> None:
@@ -355,9 +366,10 @@ def _check_values(settings: Settings) -> None:
     ):
         if value not in choices:
             raise ExperimentError(f"{name}={value} is not one of {', '.join(choices)}")
-    if runtime.device != "cpu" and not runtime.device.startswith("cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", runtime.device):
         raise ExperimentError(f"runtime.device={runtime.device} is not cpu, cuda or cuda:N")
     positive: dict[str, float | None] = {
+        "teacher.initializer_range": settings.teacher.initializer_range,
         "student.num_layers": student.num_layers,
         "student.hidden_size": student.hidden_size,
         "student.num_attention_heads": student.num_attention_heads,

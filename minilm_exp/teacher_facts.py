@@ -61,11 +61,32 @@ def facts_of(config: dict[str, Any], source: str) -> dict[str, Any]:
 def _read_from_hub(hub_id: str, revision: str | None) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
+    commit = hub_commit(hub_id, revision)
     try:
-        config, _ = PreTrainedConfig.get_config_dict(hub_id, revision=revision)
+        config, _ = PreTrainedConfig.get_config_dict(hub_id, revision=commit)
     except (OSError, ValueError) as error:
         raise ExperimentError(download_failed(hub_id)) from error
     return config
+
+
+def hub_commit(hub_id: str, revision: str | None) -> str:
+    """The commit behind a hub revision; offline, that of an earlier download.
+
+    Raises:
+        ExperimentError: The hub does not answer or does not have it, and nothing was downloaded.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        return str(HfApi().model_info(hub_id, revision=revision, timeout=10).sha)
+    except Exception as error:  # the hub client raises many kinds, all meaning the same here
+        try:
+            cached = try_to_load_from_cache(hub_id, "config.json", revision=revision)
+        except ValueError:  # not the form of a hub id
+            cached = None
+        if not isinstance(cached, str):
+            raise ExperimentError(download_failed(hub_id)) from error
+        return Path(cached).parent.name
 
 
 def download_failed(hub_id: str) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 # MLflow phones home by default; nobody asked for that.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
+# A server that does not answer is reported after seconds, not minutes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
 from filelock import FileLock
 from mlflow import MlflowClient
@@ -123,7 +125,7 @@ def start_tracking(
             return Tracker(client, run_id, resumed=True)
         run_id = client.create_run(experiment_id, run_name=run_name).info.run_id
         return Tracker(client, run_id, resumed=False)
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExperimentError(
             redact(

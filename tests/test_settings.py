@@ -1,0 +1,540 @@
+"""The config: everything that composes, and everything that is refused before a run starts."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+from omegaconf import OmegaConf
+
+from minilm_exp.errors import ExperimentError
+from minilm_exp.settings import as_dict, flatten, parse
+
+CONF = REPOSITORY / "conf"
+MANDATORY = {
+    "teacher=custom": ["teacher.path={folder}", "corpus.block_length=64",
+                       "task_training.max_length=64", "student=tiny"],
+    "layer_selection=explicit": ["layer_selection.teacher_layer=2"],
+    "corpus=text_files": ["corpus.files=[{text}]"],
+    "corpus=hf_dataset": ["corpus.datasets=[{{path: some/name}}]"],
+    "corpus=pretokenized": ["corpus.files=[{text}]", "task=none"],
+    "tracking=server": ["tracking.uri=http://localhost:5000"],
+    # The default teacher is narrower than the layers below need.
+    "student=l6h768": ["teacher=bert_base"],
+    "student=l12h768": ["teacher=bert_base"],
+}  # fmt: skip
+RELATION_SETS = {
+    "qq": ["qq"],
+    "kk": ["kk"],
+    "vv": ["vv"],
+    "qq_kk": ["qq", "kk"],
+    "qq_vv": ["qq", "vv"],
+    "kk_vv": ["kk", "vv"],
+    "qk_vv": ["qk", "vv"],
+    "qq_kk_vv": ["qq", "kk", "vv"],
+    "all": ["qq", "kk", "vv", "qk", "kq", "qv", "vq", "kv", "vk"],
+}
+
+
+def options(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+CHOICES = [f"{group}={name}" for group in GROUPS for name in options(group)]
+EXPERIMENTS = options("experiment")
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("One.\n\nTwo.\n")
+    return path
+
+
+def write_config(folder, **changes):
+    facts = {
+        "model_type": "bert",
+        "vocab_size": 30522,
+        "num_hidden_layers": 2,
+        "hidden_size": 40,
+        "num_attention_heads": 4,
+        "intermediate_size": 72,
+        "max_position_embeddings": 512,
+        **changes,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({name: value for name, value in facts.items() if value is not None})
+    (folder / "config.json").write_text(text)
+    return folder
+
+
+# What is accepted
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_option_of_every_group_parses(choice, settings_for, text_file, tmp_path):
+    """An option with a key of its own, a missing key, or a value that its defaults forbid."""
+    folder = write_config(tmp_path / "model")
+    more = [text.format(folder=folder, text=text_file) for text in MANDATORY.get(choice, [])]
+    settings = settings_for(choice, *more)
+    assert settings.outputs == tmp_path / "outputs"
+
+
+def test_option_names_agree_with_their_content(settings_for):
+    """A copied option file whose content was not changed with its name."""
+    for name in options("teacher"):
+        if name != "custom":
+            assert settings_for(f"teacher={name}").teacher.name == name
+    for name in options("student"):
+        choice = f"student={name}"
+        settings = settings_for(choice, *MANDATORY.get(choice, []))
+        assert settings.student.num_attention_heads == 12
+        if name not in ("demo", "tiny"):
+            assert settings.student_name == name
+            assert settings.student.init == "random"
+
+
+def test_changed_shape_changes_the_name_of_the_student(settings_for):
+    """Runs of a changed student that are listed under the name of the option."""
+    assert settings_for("student=l6h384", "student.num_layers=5").student_name == "l5h384"
+
+
+@pytest.mark.parametrize(
+    "overrides, init",
+    [
+        ([], "teacher_layers"),
+        (["student.num_layers=6"], "teacher_layers"),
+        (["student.num_layers=6", "layer_selection=upper_middle"], "random"),
+        (["student.num_layers=7"], "random"),
+        (["student.hidden_size=192"], "random"),
+        (["student.num_attention_heads=6"], "random"),
+        (["student.intermediate_size=384"], "random"),
+        (["teacher=bert_base"], "random"),
+        (["student.init=random"], "random"),
+    ],
+)
+def test_auto_takes_teacher_layers_where_all_sizes_agree(overrides, init, settings_for):
+    """Layers of other sizes copied, or a default that trains from nothing."""
+    settings = settings_for("student=demo", *overrides)
+    assert settings.student.init == init
+    asked = "student.init=random" not in overrides
+    assert any("student.init=auto" in note for note in settings.notes) == asked
+
+
+@pytest.mark.parametrize("spelling", ["relations", "relation_set"])
+@pytest.mark.parametrize("name", options("relation_set"))
+def test_both_spellings_choose_the_relations(name, spelling, settings_for):
+    """A short name that composes and changes nothing, so that a grid repeats one run."""
+    settings = settings_for(f"{spelling}={name}")
+    assert settings.relation_set.pairs == RELATION_SETS[name]
+    assert settings.relation_set.name == name
+
+
+@pytest.mark.parametrize("spelling", ["relations", "relation_set"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_command_line_beats_the_relations_of_an_experiment(experiment, spelling, settings_for):
+    """An experiment that keeps its own relations whatever is asked for."""
+    settings = settings_for(f"experiment={experiment}", f"{spelling}=kk_vv")
+    assert settings.relation_set.pairs == ["kk", "vv"]
+
+
+def test_an_experiment_file_chooses_relations(compose_config, tmp_path):
+    """`override /relations` in a file of one's own without effect."""
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /relations: vv\n"
+    )
+    config = compose_config(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine")
+    assert list(config.relation_set.pairs) == ["vv"]
+
+
+def test_pairs_can_be_listed_on_the_command_line(settings_for):
+    """A list that is kept as text, or merged with the default pairs."""
+    settings = settings_for("relation_set.pairs=[qv,vk]")
+    assert settings.relation_set.pairs == ["qv", "vk"]
+    assert settings.relation_set.name == "qv_vk"
+    assert settings.relation_set.state_pairs == [("query", "value"), ("value", "key")]
+
+
+def test_default_relations_are_those_of_the_second_paper(settings_for):
+    """A default that is not Q-Q, K-K and V-V."""
+    assert settings_for().relation_set.pairs == ["qq", "kk", "vv"]
+
+
+# The papers
+
+
+@pytest.mark.parametrize(
+    "teacher, layer, heads",
+    [
+        ("bert_base", 12, 48),
+        ("roberta_base", 12, 48),
+        ("xlmr_base", 12, 48),
+        ("bert_large", 21, 64),
+        ("bert_large_wwm", 21, 64),
+        ("roberta_large", 19, 64),
+        ("xlmr_large", 19, 64),
+    ],
+)
+def test_layer_and_heads_of_published_teachers(teacher, layer, heads, settings_for):
+    """A teacher that is distilled at another layer or granularity than in the paper."""
+    settings = settings_for(f"teacher={teacher}")
+    assert settings.layer_selection.teacher_layer == layer
+    assert settings.relation_set.num_relation_heads == heads
+    if teacher.endswith(("large", "wwm")):
+        upper = settings_for(f"teacher={teacher}", "layer_selection=upper_middle")
+        assert upper.layer_selection.teacher_layer == layer
+    last = settings_for(f"teacher={teacher}", "layer_selection=last")
+    assert last.layer_selection.teacher_layer == last.teacher.num_layers
+
+
+COMMON_PAPER_VALUES = {
+    "training.max_steps": 400_000,
+    "training.warmup_steps": 4000,
+    "training.adam_beta1": 0.9,
+    "training.weight_decay": 0.01,
+    "training.hidden_dropout": 0.1,
+    "training.attention_dropout": 0.1,
+    "corpus.block_length": 512,
+    "student.num_attention_heads": 12,
+    "student.init": "random",
+    "teacher.weights": "pretrained",
+}
+V1_VALUES = {
+    "training.batch_size": 1024,
+    "training.learning_rate": 5e-4,
+    "training.adam_beta2": 0.999,
+    "relation_set.pairs": ["qk", "vv"],
+    "relation_set.num_relation_heads": 12,
+    "layer_selection.teacher_layer": 12,
+}
+V2_VALUES = {
+    "training.batch_size": 256,
+    "training.learning_rate": 6e-4,
+    "training.adam_beta2": 0.999,
+    "relation_set.pairs": ["qq", "kk", "vv"],
+}
+LARGE_BERT = {"layer_selection.teacher_layer": 21, "relation_set.num_relation_heads": 64}
+PUBLISHED = {
+    "minilmv1_bert_base_l6h768": V1_VALUES,
+    "minilmv2_bert_base_l6h384": V2_VALUES
+    | {"layer_selection.teacher_layer": 12, "relation_set.num_relation_heads": 48},
+    "minilmv2_bert_large_l6h768": V2_VALUES | LARGE_BERT,
+    "minilmv2_bert_large_l12h768": V2_VALUES | LARGE_BERT | {"training.adam_beta2": 0.98},
+    "minilmv2_roberta_large_l12h384": V2_VALUES
+    | {"layer_selection.teacher_layer": 19, "relation_set.num_relation_heads": 64},
+}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_published_experiments_have_the_values_of_the_papers(experiment, settings_for):
+    """A run that is called a published one and is not."""
+    settings = settings_for(f"experiment={experiment}")
+    if not experiment.startswith("minilmv"):
+        assert experiment in ("demo", "smoke")
+        return
+    flat = flatten(settings)
+    expected = COMMON_PAPER_VALUES | PUBLISHED[experiment]
+    assert {name: flat[name] for name in expected} == expected
+    _, teacher, student = experiment.split("_", 1)[0], *experiment.split("_", 1)[1].rsplit("_", 1)
+    assert (settings.teacher.name, settings.student_name) == (teacher, student)
+    assert settings.tasks.next_passage is None
+
+
+# What is refused
+
+WRONG_VALUES = {
+    "misspelt": (["+training.max_step=3"], "training.max_step"),
+    "misspelt group": (["+trainning.max_steps=3"], "trainning"),
+    "misspelt task": (["+tasks.next_pasage.version=1"], "tasks.next_pasage"),
+    "text for a number": (["training.max_steps=many"], "training.max_steps"),
+    "fraction of a step": (["training.max_steps=2.5"], "training.max_steps"),
+    "list for a number": (["training.batch_size=[1,2]"], "training.batch_size"),
+    "text for yes or no": (["corpus.packing=perhaps"], "corpus.packing"),
+    "null for a number": (["training.batch_size=null"], "training.batch_size"),
+    "teacher heads": (
+        ["relation_set.num_relation_heads=5"],
+        "relation_set.num_relation_heads=5 does not divide the teacher's hidden size 384",
+    ),
+    "student heads": (
+        ["teacher=bert_large", "student=l6h384", "relation_set.num_relation_heads=512"],
+        "relation_set.num_relation_heads=512 does not divide the student's hidden size 384",
+    ),
+    "layer 0": (
+        ["layer_selection=explicit", "layer_selection.teacher_layer=0"],
+        "layer_selection.teacher_layer=0",
+    ),
+    "layer from the end": (
+        ["layer_selection=explicit", "layer_selection.teacher_layer=-1"],
+        "layer_selection.teacher_layer=-1",
+    ),
+    "layer above the last": (
+        ["layer_selection=explicit", "layer_selection.teacher_layer=7"],
+        "layer_selection.teacher_layer=7 is outside 1..6",
+    ),
+    "no layer": (["layer_selection=explicit"], "layer_selection.teacher_layer"),
+    "no teacher path": (["teacher=custom"], "teacher.path"),
+    "no files": (["corpus=text_files"], "corpus.files"),
+    "no data sets": (["corpus=hf_dataset"], "corpus.datasets"),
+    "no server": (["tracking=server"], "tracking.uri"),
+    "files that are not there": (["corpus.files=[/nowhere/*.txt]"], "/nowhere/*.txt"),
+    "no such pair": (["relation_set.pairs=[qq,qx]"], "relation_set.pairs"),
+    "pair twice": (["relation_set.pairs=[qq,qq]"], "relation_set.pairs"),
+    "no pair": (["relation_set.pairs=[]"], "relation_set.pairs"),
+    "block too long": (["corpus.block_length=513"], "corpus.block_length=513"),
+    "block too long for RoBERTa": (
+        ["teacher=roberta_base", "student=l6h768", "corpus.block_length=513"],
+        "corpus.block_length=513",
+    ),
+    "block too short": (["corpus.block_length=2"], "corpus.block_length=2"),
+    "task too long": (["task_training.max_length=513"], "task_training.max_length=513"),
+    "warmup to the end": (["training.warmup_steps=200"], "training.warmup_steps=200"),
+    "micro-batch": (["runtime.microbatch_size=5"], "runtime.microbatch_size=5"),
+    "precision": (["training.precision=fp8"], "training.precision=fp8"),
+    "init": (["student.init=zeros"], "student.init=zeros"),
+    "split": (["corpus.split=word"], "corpus.split=word"),
+    "weights": (["teacher.weights=none"], "teacher.weights=none"),
+    "device": (["runtime.device=tpu"], "runtime.device=tpu"),
+    "device with a typing error": (["runtime.device=cuda:x"], "runtime.device=cuda:x"),
+    "recipe": (["recipe.name=evaluate"], "recipe"),
+    "attention heads": (["student.num_attention_heads=5"], "student.num_attention_heads=5"),
+    "layers copied from fewer": (
+        ["student=l12h384", "student.init=teacher_layers"],
+        "student.init=teacher_layers",
+    ),
+    "layers copied from wider": (
+        ["teacher=bert_base", "student=l6h384", "student.init=teacher_layers"],
+        "student.hidden_size",
+    ),
+    "seed": (["seed=4294967296"], "seed=4294967296"),
+    "dropout of one": (["training.hidden_dropout=1"], "training.hidden_dropout=1"),
+    "all held out": (["corpus.held_out_fraction=1"], "corpus.held_out_fraction=1"),
+    "nothing held out": (["corpus.held_out_fraction=0"], "corpus.held_out_fraction=0"),
+    "ids without files": (["corpus.pretokenized=true"], "corpus.pretokenized"),
+}
+
+
+@pytest.mark.parametrize("overrides, named", WRONG_VALUES.values(), ids=WRONG_VALUES.keys())
+def test_wrong_values_are_named(overrides, named, settings_for):
+    """A mistake that only shows hours later, or as an error that names no setting."""
+    with pytest.raises(ExperimentError) as caught:
+        settings_for(*overrides)
+    assert named in str(caught.value)
+
+
+NUMBERS_FROM_ZERO = {"seed", "training.warmup_steps", "training.weight_decay",
+                     "task_training.weight_decay", "runtime.num_workers",
+                     "training.hidden_dropout", "training.attention_dropout",
+                     "training.adam_beta1", "training.adam_beta2",
+                     "task_training.hidden_dropout", "task_training.attention_dropout",
+                     "task_training.warmup_ratio"}  # fmt: skip
+# Facts of a teacher are compared with its checkpoint; these two are checked where they are used.
+USED_AS = {"teacher.paper_layer": "layer_selection.teacher_layer",
+           "teacher.num_relation_heads": "relation_set.num_relation_heads"}  # fmt: skip
+
+
+def test_numbers_below_their_range_are_named(settings_for, compose_config):
+    """A number that nobody checks: minus one step, a learning rate of nan, half a head."""
+    given = ["runtime.microbatch_size=8", "runtime.num_threads=1", "student.intermediate_size=64",
+             "student.embedding_size=384", "teacher=tiny_random", "student=tiny"]  # fmt: skip
+    unnoticed = []
+    for name, value in flatten(settings_for(*given)).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if name.startswith("teacher.") and name not in {*USED_AS, "teacher.initializer_range"}:
+            continue
+        wrong = [-1] if name in NUMBERS_FROM_ZERO else [-1, 0]
+        if isinstance(value, float):
+            wrong += [float("nan"), float("inf"), -float("inf")]
+        for number in wrong:
+            config = compose_config(*given)
+            OmegaConf.update(config, name, number)
+            try:
+                parse(config)
+                unnoticed.append(f"{name}={number}: accepted")
+            except ExperimentError as error:
+                if USED_AS.get(name, name) not in str(error):
+                    unnoticed.append(f"{name}={number}: {error}")
+    assert unnoticed == []
+
+
+def test_files_and_data_sets_exclude_each_other(settings_for, text_file):
+    """One of two sources that is silently left out."""
+    with pytest.raises(ExperimentError, match=r"corpus\.files or corpus\.datasets"):
+        settings_for(f"corpus.files=[{text_file}]", "corpus.datasets=[{path: some/name}]")
+
+
+def test_pretokenized_input_has_no_text(settings_for, text_file):
+    """A task or a sentence split that needs text, noticed only after distilling."""
+    given = ["corpus=pretokenized", f"corpus.files=[{text_file}]"]
+    with pytest.raises(ExperimentError, match="task=none"):
+        settings_for(*given)
+    with pytest.raises(ExperimentError, match=r"corpus\.split=sentence"):
+        settings_for(*given, "task=none", "corpus.split=sentence")
+    settings_for(*given, "recipe=prepare_corpus")
+
+
+def test_batch_smaller_than_the_micro_batch_is_fine(settings_for):
+    """A small run on a GPU that is refused because of the runtime group's value."""
+    settings = settings_for("runtime=gpu", "training.batch_size=16")
+    assert settings.runtime.microbatch_size == 64
+
+
+def test_home_and_relative_outputs_become_absolute(settings_for, monkeypatch, tmp_path):
+    """Outputs below a folder named ~, or wherever the process stands later."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert settings_for("outputs_dir='~/out'").outputs == tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    assert settings_for("outputs_dir=out").outputs == tmp_path / "out"
+
+
+# Checkpoints that bring their own facts
+
+
+def test_facts_of_a_teacher_path(settings_for, tmp_path):
+    """teacher.path that runs with the facts of the default teacher."""
+    folder = write_config(tmp_path / "mine", num_hidden_layers=10, hidden_size=96)
+    settings = settings_for(f"teacher.path={folder}", "student=tiny", teacher_was_chosen=False)
+    teacher = settings.teacher
+    assert (teacher.name, teacher.model_type, teacher.package) == ("mine", "bert", None)
+    assert (teacher.num_layers, teacher.hidden_size, teacher.num_attention_heads) == (10, 96, 4)
+    assert (teacher.intermediate_size, teacher.max_position_embeddings) == (72, 512)
+    assert teacher.paper_layer == settings.layer_selection.teacher_layer == 10
+    assert teacher.upper_middle_layer == 8
+    assert settings.relation_set.num_relation_heads == 48  # of 96 and 48
+    assert any("teacher.path" in note for note in settings.notes)
+
+
+@pytest.mark.parametrize(
+    "teacher_size, student_size, heads",
+    [(768, 384, 48), (1024, 384, 64), (1024, 768, 64), (40, 48, 8), (7, 48, 1), (1024, 320, 64)],
+)
+def test_relation_heads_of_a_teacher_path_divide_both_sizes(
+    teacher_size, student_size, heads, settings_for, tmp_path
+):
+    """A teacher of one's own that is refused for a number of heads nobody asked for."""
+    folder = write_config(tmp_path / "mine", hidden_size=teacher_size)
+    settings = settings_for(
+        f"teacher.path={folder}",
+        f"student.hidden_size={student_size}",
+        "student.num_attention_heads=1",
+        teacher_was_chosen=False,
+    )
+    assert settings.relation_set.num_relation_heads == heads
+
+
+def test_relation_heads_divide_the_size_of_a_student_config(settings_for, tmp_path):
+    """Heads chosen for the student option's size although student.config brings another."""
+    teacher = write_config(tmp_path / "teacher", hidden_size=64)
+    student = write_config(tmp_path / "student", hidden_size=16)
+    settings = settings_for(
+        f"teacher.path={teacher}",
+        f"student.config={student / 'config.json'}",
+        teacher_was_chosen=False,
+    )
+    assert settings.student.hidden_size == 16
+    assert settings.relation_set.num_relation_heads == 16
+
+
+def test_path_of_a_chosen_teacher_keeps_the_facts(settings_for, tmp_path):
+    """A local copy of a known teacher that is distilled at its last layer."""
+    folder = write_config(tmp_path / "mine")
+    settings = settings_for("teacher=bert_large", "student=l6h384", f"teacher.path={folder}")
+    assert (settings.teacher.num_layers, settings.layer_selection.teacher_layer) == (24, 21)
+
+
+def test_names_of_the_facts_in_other_architectures(settings_for, tmp_path):
+    """DistilBERT's dim, n_layers and hidden_dim not found."""
+    folder = tmp_path / "distil"
+    folder.mkdir()
+    facts = {"model_type": "distilbert", "vocab_size": 99, "n_layers": 3, "dim": 24, "n_heads": 2,
+             "hidden_dim": 60, "max_position_embeddings": 128}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(facts))
+    settings = settings_for("teacher=custom", f"teacher.path={folder}", "student=tiny")
+    teacher = settings.teacher
+    assert (teacher.num_layers, teacher.hidden_size, teacher.intermediate_size) == (3, 24, 60)
+    assert settings.relation_set.num_relation_heads == 24
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "config.json"),
+        ("{broken", "not valid JSON"),
+        ("[1]", "model_type"),
+        ('{"hidden_size": 4}', "model_type"),
+        ('{"model_type": "bert"}', "num_hidden_layers"),
+    ],
+)
+def test_unreadable_teacher_path_is_refused(content, message, settings_for, tmp_path):
+    """A traceback of a JSON reader instead of a word about teacher.path."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    if content is not None:
+        (folder / "config.json").write_text(content)
+    with pytest.raises(ExperimentError, match=message):
+        settings_for(f"teacher.path={folder}", teacher_was_chosen=False)
+
+
+def test_wrong_type_beside_a_teacher_path_is_named(settings_for, tmp_path):
+    """A ValueError, because a size is used before its type has been looked at."""
+    folder = write_config(tmp_path / "mine")
+    with pytest.raises(ExperimentError, match=r"student\.hidden_size"):
+        settings_for(f"teacher.path={folder}", "student.hidden_size=wide", teacher_was_chosen=False)
+
+
+def test_hub_teacher_without_network_is_explained(settings_for):
+    """An unreachable hub that is told as a traceback of a client library."""
+    with pytest.raises(ExperimentError, match=r"teacher\.path"):
+        settings_for("teacher=custom", "teacher.path=no-such-organisation/no-such-model")
+
+
+def test_student_config_gives_the_shape(settings_for, tmp_path):
+    """A student.config that is read for building but not for checks and names."""
+    folder = write_config(tmp_path / "student", hidden_size=48, num_hidden_layers=5)
+    for source in (folder, folder / "config.json"):
+        settings = settings_for(f"student.config={source}")
+        student = settings.student
+        assert (student.num_layers, student.hidden_size) == (5, 48)
+        assert (student.num_attention_heads, student.intermediate_size) == (4, 72)
+        assert settings.student_name == "l5h48"
+
+
+@pytest.mark.parametrize("setting", ["student.config", "student.path"])
+def test_student_with_other_tokens_or_architecture_is_refused(setting, settings_for, tmp_path):
+    """Relations between different tokens, or states that mean something else."""
+    folder = write_config(tmp_path / "other", vocab_size=31000)
+    with pytest.raises(ExperimentError, match=r"vocabulary of 31000, the teacher of 30522"):
+        settings_for(f"{setting}={folder}")
+    folder = write_config(tmp_path / "other", model_type="roberta")
+    with pytest.raises(ExperimentError, match=r"is a roberta, the teacher a bert"):
+        settings_for(f"{setting}={folder}")
+
+
+# The rest
+
+
+def test_flatten_leaves_out_nulls_and_notes(settings_for, tmp_path):
+    """Parameters in the tracking database that nobody set."""
+    folder = write_config(tmp_path / "mine")
+    settings = settings_for("teacher=custom", f"teacher.path={folder}", "student=tiny", "task=none")
+    assert settings.notes
+    flat = flatten(settings)
+    assert flat["training.max_steps"] == 200
+    assert "notes" not in as_dict(settings)
+    assert not [name for name in flat if name.startswith(("notes", "tasks"))]
+    assert None not in flat.values()
+
+
+def test_settings_load_nothing_heavy():
+    """A misspelt setting that is reported only after seconds of imports."""
+    code = (
+        "import sys, minilm_exp.settings\n"
+        "sys.exit(str([n for n in ('torch', 'transformers', 'datasets') if n in sys.modules]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.strip() == "[]"
