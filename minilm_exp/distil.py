@@ -320,7 +320,7 @@ def _training_arguments(settings: Settings, precision: str, checkpoints: Path) -
         learning_rate=training.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=training.warmup_steps,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         adam_beta1=training.adam_beta1,
         adam_beta2=training.adam_beta2,
         adam_epsilon=training.adam_epsilon,

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from minilm_exp.attention import training_attention
 from minilm_exp.errors import ExperimentError
 
 ATTENTION_NAME = "minilm_exp_tap"
@@ -147,12 +147,12 @@ def _attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention that hands the tapped layer's states to the active tap."""
+    """Attention that hands the tapped layer's states to the active tap."""
     if _active_taps and _active_taps[-1].count_call():
         heads = query.shape[1]
         states = (query, *(_repeat_heads(state, heads) for state in (key, value)))
         raise _LayerReached(dict(zip(_STATES, map(_merge_heads, states))))
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return training_attention(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)

@@ -11,8 +11,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Later files may import earlier ones, never the other way.
 ORDER = [
     "errors", "redaction", "teacher_facts", "settings", "provenance", "precision", "relations",
-    "qkv", "teacher", "student", "documents", "corpus", "progress", "distil", "tasks.examples",
-    "tasks.next_passage", "tasks.finetune", "speed", "result", "run_folder", "export", "plots",
+    "attention", "qkv", "teacher", "student", "documents", "corpus", "progress", "distil",
+    "tasks.examples", "tasks.next_passage", "tasks.finetune", "speed", "result", "run_folder", "export", "plots",
     "tracking", "pipeline", "summary",
 ]  # fmt: skip
 

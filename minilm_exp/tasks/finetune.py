@@ -23,6 +23,7 @@ from transformers import (
     set_seed,
 )
 
+from minilm_exp.attention import use_training_attention
 from minilm_exp.errors import ExperimentError
 from minilm_exp.settings import Settings
 from minilm_exp.student import set_dropout
@@ -69,6 +70,7 @@ def finetune(
     config.num_labels = 1 + max(example.label for example in data.train)
     set_dropout(config, training.hidden_dropout, training.attention_dropout)
     model = AutoModelForSequenceClassification.from_config(config)
+    use_training_attention(model)
     model.base_model.load_state_dict(encoder.state_dict(), strict=False)
     on_cpu = settings.runtime.device == "cpu"
     with tempfile.TemporaryDirectory() as folder:
