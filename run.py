@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,9 @@ def _run(config: DictConfig, hydra_config: Any) -> float | None:
     from minilm_exp.settings import parse
 
     chosen = hydra_config.runtime.choices
-    teacher_was_chosen = chosen.teacher != "minilm_l6" or any(
-        override.split("=")[0] == "teacher" for override in hydra_config.overrides.task
-    )
-    settings = parse(config, teacher_was_chosen)
+    typed = {override.split("=")[0].lstrip("+~") for override in hydra_config.overrides.task}
+    teacher_was_chosen = chosen.teacher != "minilm_l6" or "teacher" in typed
+    settings = parse(config, teacher_was_chosen, typed)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Heavy imports come after the config has been found right.
     import transformers
@@ -140,6 +140,8 @@ def main() -> None:
     # Makes Hydra raise instead of printing its own shortened traceback.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     _redact_logs()
+    # What a scheduler ends is recorded like what a person interrupts.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.stderr = _RedactedStream(sys.stderr)
     try:
         job()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,9 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy
+import pyarrow
 import torch
 import xxhash
 from filelock import FileLock
+from pyarrow import parquet
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -142,6 +146,8 @@ def _resolve(source: Any) -> str:
     folder = Path(source.path)
     if folder.is_dir():
         return fingerprint_files(sorted(path for path in folder.rglob("*") if path.is_file()))
+    if source.revision and re.fullmatch(r"[0-9a-f]{40}", source.revision):
+        return str(source.revision)  # a commit needs no asking
     from huggingface_hub import HfApi
 
     try:
@@ -201,7 +207,7 @@ def _build_cache(settings: Settings, tokenizer: PreTrainedTokenizerFast, folder:
                     if is_held_out and document.ids is None:
                         held_out.write(json.dumps(document.content.decode()) + "\n")
                     writers["validation" if is_held_out else "train"].add(examples)
-                    bar.update(len(document.content))
+                    bar.update(len(str(document.ids)) if document.ids else len(document.content))
                     num_documents += 1
         for writer in writers.values():
             writer.close()
@@ -357,15 +363,30 @@ def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
 
 
 def _total_bytes(corpus: Corpus) -> int | None:
-    """Size of what will be read, where that is known before."""
+    """About how many bytes of text will be read; unknown for the hub and the demo."""
     paths = [path for pattern in corpus.files for path in matching_files(pattern)]
-    if (
-        not paths
-        or corpus.pretokenized
-        or any(path.suffix in (".gz", ".parquet") for path in paths)
-    ):
+    if not paths:
         return None
-    return sum(path.stat().st_size for path in paths)
+    return sum(_text_size(path, corpus.text_column) for path in paths)
+
+
+def _text_size(path: Path, text_column: str) -> int:
+    try:
+        if path.suffix == ".gz":
+            with path.open("rb") as file:
+                file.seek(-4, os.SEEK_END)  # gzip ends with the size of what it holds
+                return int.from_bytes(file.read(4), "little")
+        if path.suffix == ".parquet":
+            metadata = parquet.ParquetFile(path).metadata
+            chunks = [
+                metadata.row_group(group).column(column)
+                for group in range(metadata.num_row_groups)
+                for column in range(metadata.num_columns)
+            ]
+            return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == text_column)
+        return path.stat().st_size
+    except (OSError, pyarrow.ArrowException):
+        return 0  # reading it will say what is wrong
 
 
 def _hash(path: Path) -> str:

@@ -125,7 +125,10 @@ def distil(
         settings.relation_set.state_pairs,
         settings.relation_set.num_relation_heads,
     )
-    untrained = [student.get_parameter(name) for name in untrained_parameters(distiller.student)]
+    untrained = [
+        student.get_parameter(name)
+        for name in untrained_parameters(distiller.student, distiller.pairs)
+    ]
     for parameter in untrained:
         parameter.requires_grad_(False)
     trainer = _DistillationTrainer(
@@ -311,7 +314,7 @@ def _training_arguments(settings: Settings, precision: str, checkpoints: Path) -
     training, runtime = settings.training, settings.runtime
     microbatch_size = min(runtime.microbatch_size or training.batch_size, training.batch_size)
     on_cpu = runtime.device == "cpu"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=training.max_steps,
         per_device_train_batch_size=microbatch_size,
@@ -345,3 +348,6 @@ def _training_arguments(settings: Settings, precision: str, checkpoints: Path) -
         report_to="none",
         disable_tqdm=True,
     )
+    # Several visible cards would silently multiply the batch.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments

@@ -81,8 +81,8 @@ def demo_file() -> Path:
         import gensim
     except ImportError as error:
         raise ExperimentError(
-            "the demo corpus lies in the package gensim, which is not installed: pip install"
-            " 'minilm_exp[demo]', or give your own text with corpus.files=[...]"
+            "the demo corpus lies in the package gensim, which is not installed: run `make"
+            " install`, or pip install gensim==4.4.0, or give your own text with corpus.files=[...]"
         ) from error
     found = sorted(
         (Path(gensim.__file__).parent / "test" / "test_data").glob("enwiki-*-articles1*.bz2")

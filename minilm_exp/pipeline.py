@@ -7,6 +7,7 @@ import logging
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -22,6 +23,7 @@ from minilm_exp.provenance import (
     RESULTS_VERSION,
     fingerprint_files,
     fingerprint_model,
+    fingerprint_text,
     git_state,
     run_key,
     versions,
@@ -49,24 +51,25 @@ def run_experiment(settings: Settings) -> Result | PreparedCorpus:
         ExperimentError: Something that the user can change stops the run. What was recorded until
             then stays, and the run is marked FAILED.
     """
-    _set_up_device(settings)
-    corpus_fingerprint = fingerprint_corpus(settings.corpus)
+    if settings.runtime.num_threads is not None:
+        torch.set_num_threads(settings.runtime.num_threads)
     if settings.recipe.name == "prepare_corpus":
-        return prepare_corpus(settings, load_tokenizer(settings.teacher), corpus_fingerprint)
-    precision = resolve_precision(settings.training.precision, settings.runtime.device)
-    inputs = {
-        "teacher": fingerprint_teacher(settings.teacher),
-        "student": _fingerprint_student(settings),
-        "corpus": corpus_fingerprint,
-    }
+        return prepare_corpus(
+            settings, load_tokenizer(settings.teacher), fingerprint_corpus(settings.corpus)
+        )
+    try:
+        precision, inputs = _identify(settings)
+    except ExperimentError as error:
+        _record_unstarted(settings, error)
+        raise
     key = run_key(settings, precision, inputs)
     finished = finished_run(settings, key)
     if finished is not None and not settings.rerun:
         _log.info("already finished: %s (rerun=true runs it again)", finished.folder)
         return finished
-    folder = choose_folder(settings, key)
+    folder, interrupted = choose_folder(settings, key)
     with occupied(folder, settings.resume) as left:
-        tracker = _start(settings, left)
+        tracker = _start(settings, left, interrupted)
         result = Result(
             run_id=tracker.run_id,
             run_key=key,
@@ -78,13 +81,28 @@ def run_experiment(settings: Settings) -> Result | PreparedCorpus:
             result.write()
             start = time.monotonic()
             _record_setting(settings, result, precision, inputs, tracker)
-            _distil_and_score(settings, precision, corpus_fingerprint, tracker, result)
+            _distil_and_score(settings, precision, inputs["corpus"], tracker, result)
             result.elapsed_seconds = time.monotonic() - start
             _finish(tracker, result)
         except BaseException as error:
             _record_failure(tracker, result, error)
             raise
     return result
+
+
+def _identify(settings: Settings) -> tuple[str, dict[str, str]]:
+    """Resolved precision, and a fingerprint of the content behind every input path."""
+    if settings.runtime.device == "cuda" and not torch.cuda.is_available():
+        raise ExperimentError(
+            f"runtime.device=cuda, but torch {torch.__version__} sees no CUDA device: use"
+            " runtime=cpu, or install a CUDA build of torch"
+        )
+    precision = resolve_precision(settings.training.precision, settings.runtime.device)
+    return precision, {
+        "teacher": fingerprint_teacher(settings.teacher),
+        "student": _fingerprint_student(settings),
+        "corpus": fingerprint_corpus(settings.corpus),
+    }
 
 
 def _distil_and_score(
@@ -114,7 +132,7 @@ def _distil_and_score(
             corpus.num_truncated,
             settings.corpus.block_length,
         )
-    tasks = _make_tasks(settings, corpus)
+    tasks = _make_tasks(settings, corpus, tracker)
 
     losses = distil(
         settings,
@@ -142,7 +160,7 @@ def _distil_and_score(
             ("teacher", teacher),
         ):
             _score(settings, name, role, encoder, tokenizer, data, precision, tracker, result)
-    write_model_card(folder / "student", settings, result, _untrained(student))
+    write_model_card(folder / "student", settings, result, _untrained(settings, student))
 
 
 def _score(
@@ -182,12 +200,22 @@ def _score(
     scores[role][name] = scored.accuracy
 
 
-def _make_tasks(settings: Settings, corpus: PreparedCorpus) -> dict[str, TaskData]:
+def _make_tasks(
+    settings: Settings, corpus: PreparedCorpus, tracker: Tracker
+) -> dict[str, TaskData]:
     """The data of every task, made before distilling so that a mistake costs nothing."""
     tasks = {}
     if settings.tasks.next_passage is not None:
         tasks["next_passage"] = make_next_passage(
             corpus.held_out_documents(), settings.tasks.next_passage
+        )
+    for name, data in tasks.items():
+        tracker.log_dataset(name, fingerprint_text(repr(data)), str(corpus.folder), "evaluation")
+        tracker.log_metrics(
+            {
+                f"task/{name}/num_train": len(data.train),
+                f"task/{name}/num_validation": len(data.validation),
+            }
         )
     return tasks
 
@@ -200,9 +228,11 @@ def _measure(
     tracker: Tracker,
     result: Result,
 ) -> None:
-    blocks = [corpus.validation[i]["input_ids"] for i in range(min(16, len(corpus.validation)))]
-    shortest = min(map(len, blocks))
-    input_ids = torch.stack([block[:shortest] for block in blocks]).to(settings.runtime.device)
+    ids = torch.from_numpy(
+        corpus.validation.ids[: 16 * settings.corpus.block_length].astype("int64")
+    )
+    length = min(settings.corpus.block_length, len(ids))
+    input_ids = ids[: len(ids) // length * length].view(-1, length).to(settings.runtime.device)
     result.speedup = measure_speedup(teacher, student, input_ids)
     result.num_parameters, result.num_layer_parameters = count_parameters(student)
     result.teacher_num_parameters, result.teacher_num_layer_parameters = count_parameters(teacher)
@@ -215,16 +245,46 @@ def _measure(
     )
 
 
-def _start(settings: Settings, left: Result | None) -> Tracker:
-    if left is not None and not settings.resume:
-        end_interrupted(settings.tracking.uri, left.run_id)
-    return start_tracking(
+def _start(settings: Settings, left: Result | None, interrupted: list[str]) -> Tracker:
+    tracker = start_tracking(
         settings.tracking.uri,
         settings.tracking.experiment,
         settings.outputs,
         run_name(settings),
         left.run_id if left is not None and settings.resume else None,
     )
+    for run_id in interrupted:
+        if run_id != tracker.run_id:
+            end_interrupted(settings.tracking.uri, run_id)
+    return tracker
+
+
+def _record_unstarted(settings: Settings, error: ExperimentError) -> None:
+    """A run that failed before anything could be computed is in MLflow too."""
+    try:
+        tracker = _start(settings, None, [])
+        tracker.log_params(_params(settings))
+        tracker.set_tags({"error": str(error), "seed": str(settings.seed)})
+        tracker.finish("FAILED")
+    except Exception as also:
+        _log.warning("the failure could not be recorded: %s", redact(str(also))[:300])
+
+
+def _params(settings: Settings) -> dict[str, Any]:
+    """What tells runs apart, by short names for the columns of the UI, then every setting."""
+    short = {
+        "teacher": settings.teacher.name,
+        "student": settings.student_name,
+        "relations": settings.relation_set.name,
+        "num_relation_heads": settings.relation_set.num_relation_heads,
+        "teacher_layer": settings.layer_selection.teacher_layer,
+    }
+    left_out = ("runtime", "tracking", "outputs_dir", "resume", "rerun")
+    return short | {
+        name: value
+        for name, value in flatten(settings).items()
+        if name.split(".")[0] not in left_out
+    }
 
 
 def _record_setting(
@@ -237,21 +297,7 @@ def _record_setting(
     """Params, tags and config of the run, before anything is computed."""
     config_file = Path(result.folder) / "config.yaml"
     config_file.write_text(redact(yaml.safe_dump(as_dict(settings), sort_keys=False)), "utf-8")
-    short = {
-        "teacher": settings.teacher.name,
-        "student": settings.student_name,
-        "relations": settings.relation_set.name,
-        "num_relation_heads": settings.relation_set.num_relation_heads,
-        "teacher_layer": settings.layer_selection.teacher_layer,
-        "precision": precision,
-    }
-    # A resumed run may run on another device or elsewhere: only what makes the result is a param.
-    flat = {
-        name: value
-        for name, value in flatten(settings).items()
-        if name.split(".")[0] not in ("runtime", "tracking", "outputs_dir", "resume", "rerun")
-    }
-    tracker.log_params(short | flat)
+    tracker.log_params(_params(settings) | {"precision": precision})
     git = git_state()
     tracker.set_tags(
         {
@@ -304,10 +350,10 @@ def _record_failure(tracker: Tracker, result: Result, error: BaseException) -> N
             _log.warning("the failure could not be recorded: %s", redact(str(also))[:300])
 
 
-def _untrained(student: PreTrainedModel) -> list[str]:
+def _untrained(settings: Settings, student: PreTrainedModel) -> list[str]:
     tap = QKVTap(student, student.config.num_hidden_layers)
     try:
-        return untrained_parameters(tap)
+        return untrained_parameters(tap, settings.relation_set.state_pairs)
     finally:
         tap.close()
 
@@ -318,13 +364,3 @@ def _fingerprint_student(settings: Settings) -> str:
     if settings.student.config is not None:
         return fingerprint_files([Path(settings.student.config).expanduser()])
     return ""
-
-
-def _set_up_device(settings: Settings) -> None:
-    if settings.runtime.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ExperimentError(
-            f"runtime.device={settings.runtime.device}, but torch {torch.__version__} sees no CUDA"
-            " device: use runtime=cpu, or install a CUDA build of torch"
-        )
-    if settings.runtime.num_threads is not None:
-        torch.set_num_threads(settings.runtime.num_threads)

@@ -8,19 +8,21 @@ import re
 # Hydra writes a colon in an override with a backslash before it.
 _PASSWORD_IN_URI = re.compile(r"(\b[a-z][a-z0-9+.-]*\\*://[^\s/:@\\]*\\*):[^\s/]*@", re.IGNORECASE)
 _NAMED_SECRET = re.compile(
-    r"((?:token|password|passwd|secret|api_?key)\b['\"]?\s*[=:]\s*['\"]?)[^\s&,;'\"]+",
+    r"((?:token|password|passwd|secret(?:_access)?(?:_key)?|api_?key)\b['\"]?\s*[=:]\s*['\"]?)[^\s&,;'\"]+",
     re.IGNORECASE,
 )
-_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+_ONLY_USER_IN_URI = re.compile(r"(\b[a-z][a-z0-9+.-]*\\*://)[^\s/:@]+@", re.IGNORECASE)
+_TOKEN = re.compile(r"\b(hf_|ghp_|github_pat_|Bearer )[A-Za-z0-9_.~+/=-]{8,}")
 _SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MLFLOW_TRACKING_PASSWORD",
                      "MLFLOW_TRACKING_TOKEN")  # fmt: skip
 
 
 def redact(text: str) -> str:
-    """The text with passwords in URIs, named secrets and hub tokens replaced by ***."""
+    """The text with secrets in URIs, named secrets and known kinds of token as ***."""
     text = _PASSWORD_IN_URI.sub(r"\1:***@", text)
     text = _NAMED_SECRET.sub(r"\1***", text)
-    text = _HUB_TOKEN.sub("hf_***", text)
+    text = _ONLY_USER_IN_URI.sub(r"\1***@", text)
+    text = _TOKEN.sub(r"\1***", text)
     for name in _SECRET_VARIABLES:
         value = os.environ.get(name)
         if value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Iterator
@@ -10,9 +11,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from minilm_exp.distil import last_whole_checkpoint
 from minilm_exp.errors import ExperimentError
 from minilm_exp.result import Result, read_result
 from minilm_exp.settings import Settings
+
+_log = logging.getLogger(__name__)
 
 
 def run_name(settings: Settings) -> str:
@@ -34,15 +38,33 @@ def finished_run(settings: Settings, key: str) -> Result | None:
     return None
 
 
-def choose_folder(settings: Settings, key: str) -> Path:
-    """The folder to run in: never one that holds a finished run."""
+def choose_folder(settings: Settings, key: str) -> tuple[Path, list[str]]:
+    """The folder to run in, and the MLflow ids of unfinished runs of the same key.
+
+    Never a folder with a finished run in it. An unfinished run that has a checkpoint is gone on
+    from with resume=true and else left where it is.
+
+    Raises:
+        ExperimentError: Another process is computing this run.
+    """
+    interrupted: list[str] = []
     number = 1
     while True:
         suffix = "" if number == 1 else f"-{number}"
         folder = settings.outputs / "runs" / f"{run_name(settings)}-{key[:10]}{suffix}"
         result = read_result(folder)
-        if result is None or result.status != "FINISHED":
-            return folder
+        if result is None:
+            return folder, interrupted
+        if result.status != "FINISHED":
+            with _lock(folder):
+                interrupted.append(result.run_id)
+            if settings.resume or last_whole_checkpoint(folder / "checkpoints") is None:
+                return folder, interrupted
+            _log.warning(
+                "an unfinished run lies in %s: resume=true goes on from its last checkpoint; this"
+                " one starts from the beginning beside it",
+                folder,
+            )
         number += 1
 
 
@@ -55,22 +77,25 @@ def occupied(folder: Path, resume: bool) -> Iterator[Result | None]:
     Raises:
         ExperimentError: Another process is running in the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ExperimentError(
-            f"another process is computing this run in {folder}: wait for it, or change a setting"
-        ) from error
-    try:
+    with _lock(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         left = read_result(folder)
         if not resume:
             shutil.rmtree(folder)
             folder.mkdir()
         yield left
-    finally:
-        lock.release()
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0):
+            yield
+    except Timeout as error:
+        raise ExperimentError(
+            f"another process is computing this run in {folder}: wait for it, or change a setting"
+        ) from error
 
 
 def _folders(settings: Settings, key: str) -> list[Path]:

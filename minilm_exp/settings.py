@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import math
 import os
-import re
+from collections.abc import Container
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -107,7 +107,7 @@ class HubDataset:
 
 @dataclass
 class Corpus:
-    """Unlabelled text. Without files and data sets it is the packaged demo text."""
+    """Unlabelled text; with `packaged` and nothing else, the text of the demo."""
 
     files: list[str]
     datasets: list[HubDataset]
@@ -117,6 +117,7 @@ class Corpus:
     packing: bool
     block_length: int
     held_out_fraction: float
+    packaged: bool = False
 
 
 @dataclass
@@ -230,13 +231,19 @@ class Settings:
         return f"l{self.student.num_layers}h{self.student.hidden_size}"
 
 
-def parse(config: DictConfig, teacher_was_chosen: bool = True) -> Settings:
+def parse(
+    config: DictConfig,
+    teacher_was_chosen: bool = True,
+    typed: Container[str] = frozenset(),
+) -> Settings:
     """The typed settings of one run.
 
     Args:
         config: The composed config.
         teacher_was_chosen: False where the teacher group is at its default. A teacher.path then
             brings its own facts; otherwise they must agree with the chosen teacher's.
+        typed: Names of the settings that were given on the command line; a teacher.path does not
+            replace those.
 
     Raises:
         ExperimentError: A key or value is wrong, missing, or does not fit another one.
@@ -245,7 +252,7 @@ def parse(config: DictConfig, teacher_was_chosen: bool = True) -> Settings:
     OmegaConf.set_struct(config, False)
     config.outputs_dir = os.path.abspath(os.path.expanduser(str(config.outputs_dir)))
     student_facts = _complete_student(config)
-    notes = _complete_teacher(config, teacher_was_chosen)
+    notes = _complete_teacher(config, teacher_was_chosen, typed)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Settings), config)
         settings = OmegaConf.to_object(merged)
@@ -274,9 +281,9 @@ def _resolve_init(settings: Settings) -> None:
         and student.config is None
     )
     student.init = "teacher_layers" if agree else "random"
+    reason = "have the same sizes" if agree else "differ in size, or not 4 x wide inside"
     settings.notes.append(
-        f"student.init=auto: {student.init}, because student and teacher layers have"
-        f" {'the same sizes' if agree else 'different sizes'}"
+        f"student.init=auto: {student.init}, because student and teacher layers {reason}"
     )
 
 
@@ -287,15 +294,24 @@ def _explain(error: OmegaConfBaseException) -> str:
         return f"{key} has no value and has no default: add {key}=VALUE"
     if "not in" in message and "Key" in message:
         return f"there is no setting {key}: it is misspelt, or belongs elsewhere"
+    if "ListConfig" in message:
+        return f"{key} takes a list: {key}=[...]"
     return f"{key}: {message}" if key else message
 
 
-def _complete_teacher(config: DictConfig, teacher_was_chosen: bool) -> list[str]:
+def _complete_teacher(
+    config: DictConfig, teacher_was_chosen: bool, typed: Container[str]
+) -> list[str]:
     """Facts of a teacher that is given by path and not by name, from its own config.json."""
     teacher = config.teacher
     if OmegaConf.is_missing(teacher, "path"):
         raise ExperimentError("teacher=custom needs teacher.path=FOLDER_OR_HUB_ID")
-    if teacher.get("path") is None or (teacher_was_chosen and teacher.get("name") != "custom"):
+    if teacher.get("path") is None:
+        return []
+    is_custom = teacher.get("name") == "custom"
+    if not is_custom and "teacher.revision" not in typed:
+        teacher.revision = None  # the revision of another repository
+    if teacher_was_chosen and not is_custom:
         return []
     facts = read_facts(str(teacher.path), teacher.get("revision"))
     num_layers = facts["num_layers"]
@@ -305,18 +321,20 @@ def _complete_teacher(config: DictConfig, teacher_was_chosen: bool) -> list[str]
         "name": Path(str(teacher.path)).name,
         "hub_id": None,
         "package": None,
-        "revision": teacher.get("revision") if teacher.get("name") == "custom" else None,
         "paper_layer": num_layers,
         "upper_middle_layer": upper_middle_layer,
         "num_relation_heads": _fitting_heads(
             wanted_heads, facts["hidden_size"], config.student.hidden_size
         ),
     }
-    teacher.update(facts)
+    for name, value in facts.items():
+        given = f"teacher.{name}" in typed or (is_custom and teacher.get(name) is not None)
+        if name == "name" or not given:
+            teacher[name] = value
     return [
-        f"teacher.path: facts read from its config.json; layer {num_layers} (the last),"
-        f" {facts['num_relation_heads']} relation heads (the papers' {wanted_heads}, or the next"
-        f" lower number that divides both hidden sizes)"
+        f"teacher.path: facts read from its config.json; layer {teacher.paper_layer},"
+        f" {teacher.num_relation_heads} relation heads (by default the last layer, and the papers'"
+        f" {wanted_heads} heads or the next lower number that divides both hidden sizes)"
     ]
 
 
@@ -332,6 +350,11 @@ def _complete_student(config: DictConfig) -> dict[str, Any] | None:
     source = config.student.get("config") or config.student.get("path")
     if source is None:
         return None
+    if config.student.get("config") and config.student.get("path"):
+        raise ExperimentError("give student.config or student.path, not both")
+    setting = "student.config" if config.student.get("config") else "student.path"
+    if not Path(str(source)).expanduser().exists():
+        raise ExperimentError(f"{setting}: {source} does not exist here")
     facts = read_facts(str(source), None)
     for name in ("num_layers", "hidden_size", "num_attention_heads", "intermediate_size"):
         config.student[name] = facts[name]
@@ -353,6 +376,13 @@ def _check_student(settings: Settings, facts: dict[str, Any] | None) -> None:
             f"the student of {source} is a {facts['model_type']}, the teacher a"
             f" {teacher.model_type}; a student has its teacher's architecture"
         )
+    longest = max(settings.corpus.block_length, settings.task_training.max_length)
+    offset = teacher.max_position_embeddings - teacher.max_tokens
+    if facts["max_position_embeddings"] - offset < longest:
+        raise ExperimentError(
+            f"the student of {source} has {facts['max_position_embeddings']} positions, too few"
+            f" for {longest} tokens; lower corpus.block_length and task_training.max_length"
+        )
 
 
 def _check_values(settings: Settings) -> None:
@@ -366,8 +396,11 @@ def _check_values(settings: Settings) -> None:
     ):
         if value not in choices:
             raise ExperimentError(f"{name}={value} is not one of {', '.join(choices)}")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", runtime.device):
-        raise ExperimentError(f"runtime.device={runtime.device} is not cpu, cuda or cuda:N")
+    if runtime.device not in ("cpu", "cuda"):
+        raise ExperimentError(
+            f"runtime.device={runtime.device} is not cpu or cuda (choose one of several cards with"
+            " CUDA_VISIBLE_DEVICES)"
+        )
     positive: dict[str, float | None] = {
         "teacher.initializer_range": settings.teacher.initializer_range,
         "student.num_layers": student.num_layers,
@@ -479,6 +512,12 @@ def _check_relations(settings: Settings) -> None:
                 "student.init=teacher_layers copies whole layers, so student.hidden_size"
                 f" must be the teacher's {settings.teacher.hidden_size}; use student.init=random"
             )
+        if settings.teacher.num_attention_heads != settings.student.num_attention_heads:
+            raise ExperimentError(
+                "student.init=teacher_layers copies whole layers, so student.num_attention_heads"
+                f" must be the teacher's {settings.teacher.num_attention_heads}; use"
+                " student.init=random"
+            )
         if settings.student.num_layers > layer:
             raise ExperimentError(
                 f"student.init=teacher_layers takes {settings.student.num_layers} of the teacher's"
@@ -504,6 +543,10 @@ def _check_corpus(settings: Settings) -> None:
         )
     if corpus.files and corpus.datasets:
         raise ExperimentError("give corpus.files or corpus.datasets, not both")
+    if not (corpus.files or corpus.datasets or corpus.packaged):
+        raise ExperimentError(
+            "the corpus is empty: give corpus.files=[...] or corpus.datasets=[...], or corpus=demo"
+        )
     if corpus.pretokenized and not corpus.files:
         raise ExperimentError("corpus.pretokenized=true needs corpus.files=[...]")
     if corpus.pretokenized and corpus.split == "sentence":

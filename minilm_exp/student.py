@@ -18,6 +18,7 @@ from transformers import (
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.qkv import QKVTap
+from minilm_exp.relations import Pair
 from minilm_exp.settings import Student
 from minilm_exp.teacher import load_whole_encoder
 
@@ -61,7 +62,7 @@ def build_student(
     set_dropout(config, *dropout)
     torch.manual_seed(seed)
     try:
-        encoder = AutoModel.from_config(config)
+        encoder = AutoModel.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ExperimentError(
             f"student: {config.model_type} cannot be built in this shape: {error}"
@@ -94,7 +95,7 @@ def layers_of(encoder: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def untrained_parameters(tap: QKVTap) -> list[str]:
+def untrained_parameters(tap: QKVTap, pairs: list[Pair]) -> list[str]:
     """Names of the encoder's parameters that no gradient of the relation loss reaches.
 
     The loss ends at the last layer's query, key and value, so that layer's attention output and
@@ -102,7 +103,8 @@ def untrained_parameters(tap: QKVTap) -> list[str]:
     """
     device = next(tap.encoder.parameters()).device
     states = tap(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
-    total = torch.stack([state.float().sum() for state in states.values()]).sum()
+    used = {name for pair in pairs for name in pair}
+    total = torch.stack([states[name].float().sum() for name in sorted(used)]).sum()
     parameters = {
         name: parameter
         for name, parameter in tap.encoder.named_parameters()

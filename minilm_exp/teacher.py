@@ -54,7 +54,12 @@ def load_whole_encoder(
         ExperimentError: The checkpoint lacks weights, which the library would draw at random.
     """
     encoder, found = AutoModel.from_pretrained(
-        source, revision=revision, config=config, output_loading_info=True
+        source,
+        revision=revision,
+        config=config,
+        # Whatever the checkpoint is stored in: the student is made after this model.
+        dtype=torch.float32,
+        output_loading_info=True,
     )
     missing = sorted(
         str(key)
@@ -188,4 +193,4 @@ def _random_encoder(teacher: Teacher) -> PreTrainedModel:
     if teacher.initializer_range is not None:
         config.initializer_range = teacher.initializer_range
     torch.manual_seed(0)
-    return AutoModel.from_config(config)
+    return AutoModel.from_config(config, dtype=torch.float32)

@@ -56,7 +56,9 @@ class Tracker:
         return self._last_steps[name]
 
     def log_params(self, params: dict[str, Any]) -> None:
-        """Settings by name; what was logged before must not change."""
+        """Settings by name; a resumed run keeps those that it started with."""
+        if self._resumed:
+            return
         entities = [
             Param(name, redact(str(value))[:_MAX_PARAM_LENGTH]) for name, value in params.items()
         ]
@@ -115,10 +117,11 @@ def start_tracking(
             if found is not None:
                 experiment_id = found.experiment_id
             else:
-                local = uri.startswith("sqlite:")
+                # Without a server artifacts would go to the working directory.
+                served = uri.startswith(("http:", "https:"))
                 experiment_id = client.create_experiment(
                     experiment,
-                    artifact_location=(outputs / "artifacts").as_uri() if local else None,
+                    artifact_location=None if served else (outputs / "artifacts").as_uri(),
                 )
         if run_id is not None and _exists(client, run_id):
             client.update_run(run_id, status="RUNNING")

@@ -12,8 +12,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "errors", "redaction", "teacher_facts", "settings", "provenance", "precision", "relations",
     "attention", "qkv", "teacher", "student", "documents", "corpus", "progress", "distil",
-    "tasks.examples", "tasks.next_passage", "tasks.finetune", "speed", "result", "run_folder", "export", "plots",
-    "tracking", "pipeline", "summary",
+    "tasks.examples", "tasks.next_passage", "tasks.finetune", "speed", "result", "run_folder",
+    "export", "plots", "tracking", "pipeline", "summary",
 ]  # fmt: skip
 
 

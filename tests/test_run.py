@@ -423,14 +423,15 @@ def test_restart_kills_the_left_over_and_repeats_the_run(killed, result, smoke, 
     outputs = copied(killed[0])
     left = json.loads((outputs / "runs" / killed[1] / "result.json").read_text())["run_id"]
     assert runs_of(outputs)[left].info.status == "RUNNING"
-    # The first job is the rerun, in the folder of the left-over; the second cannot be.
+    # The first job is the rerun, beside the left-over and its checkpoints; the second cannot be.
     sweep = ["-m", "rerun=true", "relation_set.num_relation_heads=12,7"]
     done = run(outputs, *smoke, *sweep)
     assert_told_simply(done, "relation_set.num_relation_heads=7", "1 of the runs failed")
     recorded = runs_of(outputs)
     assert recorded.pop(left).info.status == "KILLED"
     assert {entry.info.status for entry in recorded.values()} == {"FINISHED"}
-    again = results(outputs)[killed[1]]
+    assert list((outputs / "runs" / killed[1] / "checkpoints").glob("checkpoint-*/whole.json"))
+    again = results(outputs)[f"{killed[1].removesuffix('-2')}-3"]
     assert set(recorded) == {result["run_id"], again["run_id"]}
     assert again["run_id"] not in (left, result["run_id"])
     assert again["run_key"] == result["run_key"]

@@ -538,3 +538,34 @@ def test_settings_load_nothing_heavy():
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert done.stderr.strip() == "[]"
+
+
+def test_typed_settings_survive_a_teacher_path(compose_config, tmp_path):
+    """A layer or revision that was asked for, replaced by a rule without a word."""
+    folder = write_config(tmp_path / "mine")
+    asked = ["teacher.paper_layer=1", "teacher.num_relation_heads=2", "teacher.revision=abc"]
+    config = compose_config(f"teacher.path={folder}", "student=tiny", *asked)
+    settings = parse(config, False, {override.split("=")[0] for override in asked})
+    assert settings.layer_selection.teacher_layer == 1
+    assert settings.relation_set.num_relation_heads == 2
+    assert settings.teacher.revision == "abc"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["corpus=text_files", "corpus.files=[]"], "corpus.files"),
+        (["corpus.files=a.txt"], "corpus.files=\\[...\\]"),
+        (["runtime.device=cuda:1"], "CUDA_VISIBLE_DEVICES"),
+        (["student.path=org/model"], "student.path"),
+        (
+            ["student=l3h384", "student.init=teacher_layers", "student.num_attention_heads=6"],
+            "student.num_attention_heads",
+        ),
+    ],
+    ids=["no files", "no list", "second card", "hub student", "other heads"],
+)
+def test_more_wrong_values_are_named(overrides, message, compose_config):
+    """Settings that would be taken for another one, or found only hours later."""
+    with pytest.raises(ExperimentError, match=message):
+        parse(compose_config(*overrides))

@@ -361,7 +361,9 @@ def test_student_path_that_cannot_be_loaded(damage, checkpoint, tiny_bert, build
 def test_untrained_parameters_of_bert(tiny_bert, build):
     """Weights that are said to be trained and are not, or the other way round."""
     encoder = build(tiny_bert, num_layers=3)
-    untrained = untrained_parameters(QKVTap(encoder, 3))
+    untrained = untrained_parameters(
+        QKVTap(encoder, 3), [("query", "query"), ("key", "key"), ("value", "value")]
+    )
     last = "encoder.layer.2."
     after_states = (f"{last}attention.output.", f"{last}intermediate.", f"{last}output.", "pooler.")
     names = [name for name, _ in encoder.named_parameters()]
@@ -386,3 +388,13 @@ def test_parameters_of_shared_layers_are_counted_once(make_teacher):
     teacher = make_teacher("albert", embedding_size=8)
     total, in_layers = count_parameters(teacher)
     assert in_layers == sum(p.numel() for p in teacher.encoder.parameters()) < total
+
+
+def test_a_relation_that_is_left_out_trains_nothing(tiny_bert, build):
+    """Weights that no gradient reaches, in the optimiser and off the model card."""
+    encoder = build(tiny_bert, num_layers=3)
+    untrained = untrained_parameters(QKVTap(encoder, 3), [("value", "value")])
+    last = "encoder.layer.2.attention.self."
+    assert f"{last}query.weight" in untrained
+    assert f"{last}key.weight" in untrained
+    assert f"{last}value.weight" not in untrained

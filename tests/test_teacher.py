@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertForMaskedLM
+from transformers import AutoModel, BertForMaskedLM
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.teacher import (
@@ -60,6 +60,13 @@ def test_tokenizer_is_the_one_of_the_folder(folder, teacher_at, tiny_tokenizer):
     assert tokenizer.get_vocab() == tiny_tokenizer.get_vocab()
     text = "the model of the teacher"
     assert tokenizer(text)["input_ids"] == tiny_tokenizer(text)["input_ids"]
+
+
+def test_teacher_stored_in_half_precision_is_float32(folder, teacher_at):
+    """A student, an optimiser and a head in float16, because the checkpoint was."""
+    AutoModel.from_pretrained(folder, dtype=torch.float16).save_pretrained(folder)
+    encoder = load_encoder(teacher_at(folder))
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
 
 
 def test_task_head_is_left_behind(folder, teacher_at, tiny_bert):

@@ -69,9 +69,18 @@ def finetune(
     config = copy.deepcopy(encoder.config)
     config.num_labels = 1 + max(example.label for example in data.train)
     set_dropout(config, training.hidden_dropout, training.attention_dropout)
-    model = AutoModelForSequenceClassification.from_config(config)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     use_training_attention(model)
-    model.base_model.load_state_dict(encoder.state_dict(), strict=False)
+    loaded = model.base_model.load_state_dict(encoder.state_dict(), strict=False)
+    # Some architectures classify without the encoder's pooler, or with one of their own.
+    unmatched = [
+        key for key in (*loaded.missing_keys, *loaded.unexpected_keys) if "pooler" not in key
+    ]
+    if unmatched:
+        raise ExperimentError(
+            f"{config.model_type} classifies with another encoder than the one that was distilled"
+            f" ({unmatched[0]}): set task=none"
+        )
     on_cpu = settings.runtime.device == "cpu"
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
