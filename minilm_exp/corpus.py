@@ -167,12 +167,12 @@ def _read_cache(folder: Path) -> dict[str, Any] | None:
         if meta.pop("digest") != fingerprint_text(json.dumps(meta)):
             raise ValueError(f"{meta_file} was changed")
         for name, expected in meta["files"].items():
-            if _hash(folder / name) != expected:
+            if fingerprint_files([folder / name]) != expected:
                 _log.warning("corpus cache %s: %s is damaged; it is built again", folder, name)
                 return None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ExperimentError, OSError, ValueError, KeyError, TypeError, AttributeError):
         _log.warning("corpus cache %s is damaged; it is built again", folder)
         return None
     return meta
@@ -228,7 +228,7 @@ def _build_cache(settings: Settings, tokenizer: PreTrainedTokenizerFast, folder:
             "dtype": dtype,
             "num_documents": num_documents,
             "num_truncated": sum(writer.num_truncated for writer in writers.values()),
-            "files": {path.name: _hash(path) for path in sorted(partial.iterdir())},
+            "files": {path.name: fingerprint_files([path]) for path in sorted(partial.iterdir())},
         }
         signed = meta | {"digest": fingerprint_text(json.dumps(meta))}
         (partial / "meta.json").write_text(json.dumps(signed), "utf-8")
@@ -387,11 +387,3 @@ def _text_size(path: Path, text_column: str) -> int:
         return path.stat().st_size
     except (OSError, pyarrow.ArrowException):
         return 0  # reading it will say what is wrong
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,11 @@ def _read_from_hub(hub_id: str, revision: str | None) -> dict[str, Any]:
     return config
 
 
+@functools.cache
 def hub_commit(hub_id: str, revision: str | None) -> str:
     """The commit behind a hub revision; offline, that of an earlier download.
+
+    Asked once a process, so that config, weights and tokenizer are of one commit.
 
     Raises:
         ExperimentError: The hub does not answer or does not have it, and nothing was downloaded.
