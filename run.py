@@ -15,6 +15,8 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -65,7 +67,7 @@ def _run(config: DictConfig, hydra_config: Any) -> float | None:
     from minilm_exp.result import Result
     from minilm_exp.summary import print_summary
 
-    outcome = run_experiment(settings)
+    outcome = run_experiment(settings, _num_cells(hydra_config))
     if isinstance(outcome, Result):
         print_summary(settings, outcome)
         _finished_jobs.append((list(hydra_config.overrides.task), outcome))
@@ -78,14 +80,42 @@ def _run(config: DictConfig, hydra_config: Any) -> float | None:
     return None
 
 
+def _num_cells(hydra_config: Any) -> int:
+    """Runs of this multirun that share teacher, layer and corpus; of a search, its trials."""
+    if hydra_config.mode != RunMode.MULTIRUN:
+        return 1
+    if "n_trials" in hydra_config.sweeper:
+        return int(hydra_config.sweeper.n_trials)
+    record = OmegaConf.load(Path(hydra_config.sweep.dir) / "multirun.yaml")
+    grid = [*record.hydra.overrides.task]
+    grid += [f"{name}={values}" for name, values in (record.hydra.sweeper.params or {}).items()]
+    num_cells = 1
+    for override in OverridesParser.create().parse_overrides(grid):
+        if override.is_sweep_override() and not override.key_or_group.startswith(_CACHE_CHANGES):
+            is_glob = override.value_type == ValueType.GLOB_CHOICE_SWEEP
+            num_cells *= 2 if is_glob else len(list(override.sweep_iterator()))
+    return num_cells
+
+
+# What gives each cell teacher states of its own.
+_CACHE_CHANGES = (
+    "teacher",
+    "layer_selection",
+    "corpus",
+    "experiment",
+    "training.precision",
+    "outputs_dir",
+)
+
+
 def _explain(error: BaseException) -> str:
     """One message for people; the cause where Hydra wraps it."""
+    if isinstance(error, ExperimentError):
+        return str(error)
     if "No space left on device" in str(error) or getattr(error, "errno", None) == 28:
         return "the disk is full: free space, or set outputs_dir to another disk; then resume=true"
     if "database or disk is full" in str(error):
         return "the disk of the tracking database is full: free space, or set outputs_dir"
-    if isinstance(error, ExperimentError):
-        return str(error)
     if isinstance(error, PermissionError):
         return f"{error.filename} cannot be written: change its rights, or set outputs_dir"
     if isinstance(error, (HydraException, OmegaConfBaseException)):

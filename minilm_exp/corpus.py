@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import heapq
+import itertools
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy
 import pyarrow
@@ -28,32 +31,61 @@ from minilm_exp.provenance import fingerprint_files, fingerprint_text
 from minilm_exp.settings import Corpus, Settings, matching_files
 
 # Raised when the files below change their meaning, so that old caches are left alone.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
-_BATCH_DOCUMENTS = 256
+# Text that is tokenised at once.
+_BATCH_BYTES = 2**20
+# Held-out text that is kept for tasks made from it.
+_HELD_OUT_CHARACTERS = 2**24
 _PARTS = ("train", "validation")
 _log = logging.getLogger(__name__)
-Item = TypeVar("Item")
 
 
 class Blocks(torch.utils.data.Dataset):
-    """Examples of one part of a corpus, read from disk as they are asked for."""
+    """Examples of one part of a corpus, read from disk as they are asked for.
 
-    def __init__(self, folder: Path, part: str, dtype: str) -> None:
-        self.offsets = numpy.fromfile(folder / f"{part}.offsets", dtype=numpy.int64)
-        self.ids = numpy.memmap(folder / f"{part}.ids", dtype=dtype, mode="r")
+    Args:
+        ids: Token ids of all examples, one behind the other.
+        starts: Where each example begins in `ids`.
+        ends: Where it ends.
+    """
+
+    def __init__(self, ids: numpy.ndarray, starts: numpy.ndarray, ends: numpy.ndarray) -> None:
+        self.ids = ids
+        self.starts = starts
+        self.ends = ends
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.starts)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids = self.ids[self.offsets[index] : self.offsets[index + 1]]
-        return {"input_ids": torch.from_numpy(ids.astype(numpy.int64))}
+        ids = self.ids[self.starts[index] : self.ends[index]]
+        return {
+            "input_ids": torch.from_numpy(ids.astype(numpy.int64)),
+            "index": torch.tensor(index),
+        }
+
+    @property
+    def lengths(self) -> numpy.ndarray:
+        """Tokens of each example, special tokens included."""
+        return numpy.asarray(self.ends - self.starts)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all examples, special tokens included."""
-        return int(self.offsets[-1])
+        return int(self.lengths.sum())
+
+    def spread(self, number: int) -> Blocks:
+        """The given number of examples at even distances, or all."""
+        number = min(number, len(self))
+        chosen = numpy.arange(number) * len(self) // number
+        return Blocks(self.ids, self.starts[chosen], self.ends[chosen])
+
+
+def _open_blocks(folder: Path, part: str, dtype: str) -> Blocks:
+    offsets = numpy.memmap(folder / f"{part}.offsets", dtype=numpy.int64, mode="r")
+    ids = numpy.memmap(folder / f"{part}.ids", dtype=dtype, mode="r")
+    return Blocks(ids, offsets[:-1], offsets[1:])
 
 
 @dataclass
@@ -68,7 +100,7 @@ class PreparedCorpus:
     num_truncated: int
 
     def held_out_documents(self) -> list[str]:
-        """Texts of the documents that are not trained on, in order."""
+        """Texts of documents that are not trained on, in order; of many a share, see `_HeldOut`."""
         with (self.folder / "held_out.jsonl").open(encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
@@ -115,7 +147,7 @@ def prepare_corpus(
             meta = _read_cache(folder)
     if meta is None:
         raise ExperimentError(f"{folder} is damaged right after it was written: bad disk?")
-    parts = {part: Blocks(folder, part, meta["dtype"]) for part in _PARTS}
+    parts = {part: _open_blocks(folder, part, meta["dtype"]) for part in _PARTS}
     return PreparedCorpus(
         folder=folder,
         fingerprint=key,
@@ -185,30 +217,29 @@ def _build_cache(settings: Settings, tokenizer: PreTrainedTokenizerFast, folder:
     partial.mkdir(parents=True)
     dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
     writers = {part: _Writer(partial, part, dtype, tokenizer, corpus) for part in _PARTS}
+    collects_garbage = gc.isenabled()
+    gc.disable()  # millions of lists without a cycle: looking for one takes a fifth of the time
     try:
         num_documents = 0
         first_hash = None
-        with (
-            tqdm(
-                total=_total_bytes(corpus),
-                desc="tokenise",
-                unit="B",
-                unit_scale=True,
-            ) as bar,
-            (partial / "held_out.jsonl").open("w", encoding="utf-8") as held_out,
-        ):
-            for documents in _batches(_documents(corpus, tokenizer), _BATCH_DOCUMENTS):
-                for document, examples in zip(documents, _tokenise(documents, tokenizer, corpus)):
+        held_out = _HeldOut()
+        with tqdm(total=_total_bytes(corpus), desc="tokenise", unit="B", unit_scale=True) as bar:
+            for documents in _batches(_documents(corpus, tokenizer)):
+                examples: dict[str, list[list[int]]] = {part: [] for part in _PARTS}
+                for document, parts in zip(documents, _tokenise(documents, tokenizer, corpus)):
                     digest = xxhash.xxh3_64_intdigest(document.content)
                     first_hash = digest if first_hash is None else first_hash
                     is_held_out = digest == first_hash or (
                         digest / 2**64 < corpus.held_out_fraction
                     )
                     if is_held_out and document.ids is None:
-                        held_out.write(json.dumps(document.content.decode()) + "\n")
-                    writers["validation" if is_held_out else "train"].add(examples)
-                    bar.update(len(str(document.ids)) if document.ids else len(document.content))
-                    num_documents += 1
+                        held_out.add(digest, document.content.decode())
+                    examples["validation" if is_held_out else "train"] += parts
+                for part, writer in writers.items():
+                    writer.add(examples[part])
+                bar.update(sum(map(len, documents)))
+                num_documents += len(documents)
+        held_out.write(partial / "held_out.jsonl")
         for writer in writers.values():
             writer.close()
         if num_documents == 0:
@@ -235,6 +266,8 @@ def _build_cache(settings: Settings, tokenizer: PreTrainedTokenizerFast, folder:
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     finally:
+        if collects_garbage:
+            gc.enable()
         for writer in writers.values():
             writer.close()
         shutil.rmtree(partial, ignore_errors=True)
@@ -246,6 +279,10 @@ class _Document:
 
     content: bytes
     ids: list[int] | None = None
+
+    def __len__(self) -> int:
+        """About the bytes that it takes up in its file."""
+        return len(self.content) if self.ids is None else len(str(self.ids))
 
 
 def _documents(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> Iterator[_Document]:
@@ -273,18 +310,36 @@ def _tokenise(
         return [[document.ids or []] for document in documents]
     texts = [document.content.decode() for document in documents]
     parts = [sentences(text) if corpus.split == "sentence" else [text] for text in texts]
+    # The tokenizer's own call spends half of its time on offsets that nobody reads.
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
     encoded = iter(
-        tokenizer(
-            [part for group in parts for part in group] or [""],
-            add_special_tokens=False,
-            truncation=False,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
+        backend.encode_batch_fast(
+            [part for group in parts for part in group], add_special_tokens=False
+        )
     )
-    return [[next(encoded) for _ in group] for group in parts]
+    return [[next(encoded).ids for _ in group] for group in parts]
+
+
+class _HeldOut:
+    """Held-out documents: of many, those with the lowest hashes, whatever their order."""
+
+    def __init__(self) -> None:
+        self.heap: list[tuple[int, int, str]] = []
+        self.num_seen = self.num_characters = 0
+
+    def add(self, digest: int, text: str) -> None:
+        heapq.heappush(self.heap, (-digest, self.num_seen, text))
+        self.num_seen += 1
+        self.num_characters += len(text)
+        while self.num_characters > _HELD_OUT_CHARACTERS and len(self.heap) > 1:
+            self.num_characters -= len(heapq.heappop(self.heap)[2])
+
+    def write(self, path: Path) -> None:
+        with path.open("w", encoding="utf-8") as file:
+            for _, _, text in sorted(self.heap, key=lambda entry: entry[1]):
+                file.write(json.dumps(text) + "\n")
 
 
 class _Writer:
@@ -306,37 +361,38 @@ class _Writer:
         self.content_length = corpus.block_length - 2
         self.stream: list[int] = []
         self.num_examples = self.num_tokens = self.num_truncated = 0
-        self._write_offset()
+        self.offsets_file.write(numpy.int64(0).tobytes())
 
     def add(self, examples: list[list[int]]) -> None:
-        for ids in examples:
-            if not ids:
-                continue
-            if self.corpus.packing:
+        if self.corpus.packing:
+            for ids in filter(None, examples):
                 self.stream += ids
                 self.stream.append(self.separator)
-            else:
-                self.num_truncated += len(ids) > self.content_length
-                self._write(ids[: self.content_length])
-        start = 0
-        while len(self.stream) - start >= self.content_length:
-            self._write(self.stream[start : start + self.content_length])
-            start += self.content_length
-        del self.stream[:start]
+            num_blocks = len(self.stream) // self.content_length
+            content = numpy.array(self.stream[: num_blocks * self.content_length], self.dtype)
+            del self.stream[: num_blocks * self.content_length]
+            blocks = numpy.empty((num_blocks, self.corpus.block_length), self.dtype)
+            blocks[:, 0], blocks[:, -1] = self.first, self.separator
+            blocks[:, 1:-1] = content.reshape(num_blocks, self.content_length)
+            self._write(blocks, numpy.full(num_blocks, self.corpus.block_length))
+        else:
+            rows = [
+                [self.first, *ids[: self.content_length], self.separator]
+                for ids in filter(None, examples)
+            ]
+            self.num_truncated += sum(len(ids) > self.content_length for ids in examples)
+            flat = numpy.array(list(itertools.chain.from_iterable(rows)), self.dtype)
+            self._write(flat, numpy.array([len(row) for row in rows], numpy.int64))
 
     def close(self) -> None:
         self.ids_file.close()
         self.offsets_file.close()
 
-    def _write(self, content: list[int]) -> None:
-        ids = numpy.asarray([self.first, *content, self.separator], dtype=self.dtype)
+    def _write(self, ids: numpy.ndarray, lengths: numpy.ndarray) -> None:
         self.ids_file.write(ids.tobytes())
-        self.num_tokens += len(ids)
-        self.num_examples += 1
-        self._write_offset()
-
-    def _write_offset(self) -> None:
-        self.offsets_file.write(numpy.int64(self.num_tokens).tobytes())
+        self.offsets_file.write((self.num_tokens + numpy.cumsum(lengths, dtype="i8")).tobytes())
+        self.num_examples += len(lengths)
+        self.num_tokens += int(lengths.sum())
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
@@ -351,13 +407,16 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
     return first, last
 
 
-def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
-    batch: list[Item] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
+def _batches(documents: Iterable[_Document]) -> Iterator[list[_Document]]:
+    """Documents in groups of about as much text, so that memory is bounded."""
+    batch: list[_Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= _BATCH_BYTES:
             yield batch
-            batch = []
+            batch, size = [], 0
     if batch:
         yield batch
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, Subset
+from torch.profiler import record_function
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -23,13 +24,17 @@ from transformers import (
     set_seed,
 )
 
-from minilm_exp.corpus import Blocks, PreparedCorpus
+from minilm_exp.corpus import PreparedCorpus
 from minilm_exp.errors import ExperimentError
+from minilm_exp.precision import teacher_dtype
+from minilm_exp.profiling import FORWARD_AND_BACKWARD, LOSS, STUDENT, TEACHER, StepProfiler
 from minilm_exp.progress import TokenProgress
 from minilm_exp.qkv import QKVTap
 from minilm_exp.relations import Pair, relation_losses
 from minilm_exp.settings import Settings
-from minilm_exp.student import untrained_parameters
+from minilm_exp.shuffle import ShuffleSampler
+from minilm_exp.student import layers_of, untrained_parameters
+from minilm_exp.teacher_cache import TeacherCaches
 
 LogMetrics = Callable[[dict[str, float], int], None]
 
@@ -41,6 +46,17 @@ class RelationDistiller(nn.Module):
 
     The teacher is no submodule: it stays in evaluation mode, gets no optimiser state and is in no
     checkpoint.
+
+    Args:
+        teacher: Frozen encoder.
+        student: Encoder that is trained.
+        teacher_layer: Counted from 1.
+        pairs: Relations, as pairs of state names.
+        num_relation_heads: Number of parts of each state.
+        relation_kernel: How the loss is computed, see `relation_loss`.
+        teacher_dtype: What the teacher's states are rounded to, cached or not.
+        caches: Of the teacher's states, for the parts "train" and "validation"; without them the
+            teacher runs each time.
     """
 
     def __init__(
@@ -50,31 +66,72 @@ class RelationDistiller(nn.Module):
         teacher_layer: int,
         pairs: list[Pair],
         num_relation_heads: int,
+        relation_kernel: str = "auto",
+        teacher_dtype: torch.dtype = torch.float32,
+        caches: TeacherCaches | None = None,
     ) -> None:
         super().__init__()
         self._teacher = (QKVTap(teacher, teacher_layer),)
         self.student = QKVTap(student, student.config.num_hidden_layers)
         self.pairs = pairs
         self.num_relation_heads = num_relation_heads
+        self.relation_kernel = relation_kernel
+        self.teacher_dtype = teacher_dtype
+        self.caches = caches
+        self._compiled: list[nn.Module] = []
 
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        index: Tensor | None = None,
         return_loss: bool = True,
     ) -> dict[str, Tensor]:
-        """The summed loss, and the loss of each relation in the order of `pairs`."""
-        with torch.no_grad():
-            teacher_states = self._teacher[0](input_ids=input_ids, attention_mask=attention_mask)
-        student_states = self.student(input_ids=input_ids, attention_mask=attention_mask)
-        losses = relation_losses(
-            teacher_states, student_states, self.pairs, self.num_relation_heads, attention_mask
-        )
-        relation_losses_P = torch.stack(list(losses.values()))
-        return {"loss": relation_losses_P.sum(), "relation_losses": relation_losses_P.detach()}
+        """The summed loss, and the loss of each relation in the order of `pairs`.
+
+        `index` numbers the examples in their part: training's in training mode, else validation's.
+        """
+        with record_function(TEACHER):
+            teacher_states = self._teacher_states(input_ids, attention_mask, index)
+        with record_function(STUDENT):
+            student_states = self.student(input_ids=input_ids, attention_mask=attention_mask)
+        with record_function(LOSS):
+            loss, losses_P = relation_losses(
+                teacher_states,
+                student_states,
+                self.pairs,
+                self.num_relation_heads,
+                attention_mask,
+                self.relation_kernel,
+            )
+        return {"loss": loss, "relation_losses": losses_P}
+
+    @torch.no_grad()
+    def _teacher_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None, index: Tensor | None
+    ) -> dict[str, Tensor]:
+        def run_teacher(rows: Tensor | slice) -> dict[str, Tensor]:
+            mask = None if attention_mask is None else attention_mask[rows]
+            return self._teacher[0](input_ids=input_ids[rows], attention_mask=mask)
+
+        if self.caches is None or index is None:
+            states = run_teacher(slice(None))
+            return {name: state.to(self.teacher_dtype) for name, state in states.items()}
+        cache = self.caches.train if self.training else self.caches.validation
+        names = sorted({name for pair in self.pairs for name in pair})
+        return cache.states(index, names, attention_mask, run_teacher)
+
+    def compile_layers(self) -> None:
+        """Has torch.compile translate the layers below the tapped ones, all but their attention."""
+        for tap in (*self._teacher, self.student):
+            self._compiled += layers_of(tap.encoder)[: tap.layer - 1]
+        for layer in self._compiled:
+            layer.compile()
 
     def close(self) -> None:
         """Gives teacher and student back as plain encoders."""
+        for layer in self._compiled:
+            layer._compiled_call_impl = None  # there is no public way back
         self._teacher[0].close()
         self.student.close()
 
@@ -88,6 +145,8 @@ def distil(
     precision: str,
     checkpoints: Path,
     log_metrics: LogMetrics,
+    caches: TeacherCaches | None = None,
+    profile_folder: Path | None = None,
 ) -> dict[str, float]:
     """Trains the student in place and returns its final validation losses.
 
@@ -101,6 +160,8 @@ def distil(
         checkpoints: Folder for checkpoints; with settings.resume the last whole one is gone on
             from.
         log_metrics: Called with metrics and the step they belong to.
+        caches: Of the teacher's states; None runs the teacher each time.
+        profile_folder: Where a trace of a few steps is written, if anywhere.
 
     Returns:
         Relation loss in nats by relation ("query-query") and their sum ("total"), on the held-out
@@ -124,6 +185,9 @@ def distil(
         settings.layer_selection.teacher_layer,
         settings.relation_set.state_pairs,
         settings.relation_set.num_relation_heads,
+        settings.runtime.relation_kernel,
+        teacher_dtype(precision, settings.runtime.teacher_cache),
+        caches,
     )
     untrained = [
         student.get_parameter(name)
@@ -131,12 +195,14 @@ def distil(
     ]
     for parameter in untrained:
         parameter.requires_grad_(False)
+    if settings.runtime.compile:
+        distiller.compile_layers()
     trainer = _DistillationTrainer(
         model=distiller,
         args=_training_arguments(settings, precision, checkpoints),
         data_collator=Collator(tokenizer, corpus_is_packed=settings.corpus.packing),
         train_dataset=corpus.train,
-        eval_dataset=_spread(corpus.validation, training.evaluation_sequences),
+        eval_dataset=corpus.validation.spread(training.evaluation_sequences),
         callbacks=[
             TokenProgress(training.batch_size * settings.corpus.block_length),
             _MarkWhole(),
@@ -144,6 +210,8 @@ def distil(
         log_metrics=log_metrics,
     )
     trainer.remove_callback(PrinterCallback)
+    if profile_folder is not None:
+        trainer.add_callback(StepProfiler(profile_folder))
     start = last_whole_checkpoint(checkpoints) if settings.resume else None
     try:
         set_seed(settings.seed)
@@ -167,11 +235,16 @@ class _DistillationTrainer(Trainer):
         self._distiller = distiller
         self._names = [f"{first}-{second}" for first, second in distiller.pairs]
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> ShuffleSampler:
         """Whole steps only, so that an epoch's end is the same for every micro-batch size."""
         blocks: Any = self.train_dataset if train_dataset is None else train_dataset
         batch_size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return RandomSampler(blocks, num_samples=len(blocks) // batch_size * batch_size)
+        num_drawn = len(blocks) // batch_size * batch_size
+        return ShuffleSampler(len(blocks), num_drawn, self.args.seed)
+
+    def training_step(self, *arguments: Any, **named: Any) -> Tensor:
+        with record_function(FORWARD_AND_BACKWARD):
+            return super().training_step(*arguments, **named)
 
     def compute_loss(
         self,
@@ -258,11 +331,18 @@ class Collator:
 
     def __call__(self, examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         if self.corpus_is_packed:
-            return {"input_ids": torch.stack([example["input_ids"] for example in examples])}
+            return {
+                name: torch.stack([example[name] for example in examples])
+                for name in ("input_ids", "index")
+            }
         padded = self.tokenizer.pad(
             {"input_ids": [e["input_ids"].tolist() for e in examples]}, return_tensors="pt"
         )
-        return {name: padded[name] for name in ("input_ids", "attention_mask")}
+        return {
+            "input_ids": padded["input_ids"],
+            "attention_mask": padded["attention_mask"],
+            "index": torch.stack([example["index"] for example in examples]),
+        }
 
 
 class _MarkWhole(TrainerCallback):
@@ -302,12 +382,6 @@ def last_whole_checkpoint(checkpoints: Path) -> Path | None:
         except (OSError, ValueError, AttributeError):
             continue
     return None
-
-
-def _spread(blocks: Blocks, number: int) -> Subset[Any]:
-    """The given number of examples at even distances, or all."""
-    number = min(number, len(blocks))
-    return Subset(blocks, [index * len(blocks) // number for index in range(number)])
 
 
 def _training_arguments(settings: Settings, precision: str, checkpoints: Path) -> TrainingArguments:

@@ -137,8 +137,8 @@ def _read_text(path: Path) -> Iterator[str]:
     """Runs of lines between blank lines; lines, where the file has no blank line."""
     with path.open("rb") as file:
         is_text = (bool(line.strip()) for line in file)
-        runs_of_text = sum(1 for has_text, _ in itertools.groupby(is_text) if has_text)
-    has_blank_line = runs_of_text > 1
+        runs_of_text = (has_text for has_text, _ in itertools.groupby(is_text) if has_text)
+        has_blank_line = len(list(itertools.islice(runs_of_text, 2))) == 2
     lines: list[str] = []
     with path.open("rb") as file:
         for line in _decoded(path, file):
@@ -232,6 +232,10 @@ def _read_datasets(corpus: Corpus) -> Iterator[str]:
 
 
 def _sections(document: str) -> Iterator[str]:
+    if len(document) < SECTION_CHARACTERS:
+        if document and not document.isspace():
+            yield document
+        return
     lines: list[str] = []
     size = 0
     for line in document.splitlines():

@@ -28,8 +28,9 @@ from minilm_exp.provenance import (
     run_key,
     versions,
 )
-from minilm_exp.qkv import QKVTap
+from minilm_exp.qkv import QKVTap, state_size
 from minilm_exp.redaction import redact
+from minilm_exp.relations import resolve_kernel
 from minilm_exp.result import Result
 from minilm_exp.run_folder import choose_folder, finished_run, occupied, run_name
 from minilm_exp.settings import Settings, as_dict, flatten
@@ -39,13 +40,18 @@ from minilm_exp.tasks.examples import TaskData
 from minilm_exp.tasks.finetune import finetune
 from minilm_exp.tasks.next_passage import make_next_passage
 from minilm_exp.teacher import fingerprint_teacher, load_encoder, load_tokenizer
+from minilm_exp.teacher_cache import CACHE_VERSION, TeacherCaches, plan_teacher_cache
 from minilm_exp.tracking import Tracker, end_interrupted, start_tracking
 
 _log = logging.getLogger(__name__)
 
 
-def run_experiment(settings: Settings) -> Result | PreparedCorpus:
+def run_experiment(settings: Settings, num_cells: int = 1) -> Result | PreparedCorpus:
     """Runs the recipe, or returns the run with the same key that has already finished.
+
+    Args:
+        settings: The run.
+        num_cells: Runs of the grid that it belongs to and that read the same teacher states.
 
     Raises:
         ExperimentError: Something that the user can change stops the run. What was recorded until
@@ -64,7 +70,7 @@ def run_experiment(settings: Settings) -> Result | PreparedCorpus:
         raise
     key = run_key(settings, precision, inputs)
     finished = finished_run(settings, key)
-    if finished is not None and not settings.rerun:
+    if finished is not None and not (settings.rerun or settings.profile):
         _log.info("already finished: %s (rerun=true runs it again)", finished.folder)
         return finished
     folder, interrupted = choose_folder(settings, key)
@@ -81,7 +87,7 @@ def run_experiment(settings: Settings) -> Result | PreparedCorpus:
             result.write()
             start = time.monotonic()
             _record_setting(settings, result, precision, inputs, tracker)
-            _distil_and_score(settings, precision, inputs["corpus"], tracker, result)
+            _distil_and_score(settings, precision, inputs, num_cells, tracker, result)
             result.elapsed_seconds = time.monotonic() - start
             _finish(tracker, result)
         except BaseException as error:
@@ -97,6 +103,7 @@ def _identify(settings: Settings) -> tuple[str, dict[str, str]]:
             f"runtime.device=cuda, but torch {torch.__version__} sees no CUDA device: use"
             " runtime=cpu, or install a CUDA build of torch"
         )
+    resolve_kernel(settings.runtime.relation_kernel, settings.runtime.device)
     precision = resolve_precision(settings.training.precision, settings.runtime.device)
     return precision, {
         "teacher": fingerprint_teacher(settings.teacher),
@@ -108,7 +115,8 @@ def _identify(settings: Settings) -> tuple[str, dict[str, str]]:
 def _distil_and_score(
     settings: Settings,
     precision: str,
-    corpus_fingerprint: str,
+    inputs: dict[str, str],
+    num_cells: int,
     tracker: Tracker,
     result: Result,
 ) -> None:
@@ -124,7 +132,7 @@ def _distil_and_score(
         settings.seed,
     )
     undistilled = copy.deepcopy(student)
-    corpus = prepare_corpus(settings, tokenizer, corpus_fingerprint)
+    corpus = prepare_corpus(settings, tokenizer, inputs["corpus"])
     tracker.log_dataset("corpus", corpus.fingerprint, str(corpus.folder), "training")
     if corpus.num_truncated:
         _log.warning(
@@ -134,16 +142,32 @@ def _distil_and_score(
         )
     tasks = _make_tasks(settings, corpus, tracker)
 
-    losses = distil(
+    layer = settings.layer_selection.teacher_layer
+    caches = _open_caches(
         settings,
-        teacher,
-        student,
-        tokenizer,
         corpus,
         precision,
-        folder / "checkpoints",
-        tracker.log_metrics,
+        inputs["teacher"],
+        state_size(teacher, layer),
+        num_cells,
+        tracker,
     )
+    try:
+        losses = distil(
+            settings,
+            teacher,
+            student,
+            tokenizer,
+            corpus,
+            precision,
+            folder / "checkpoints",
+            tracker.log_metrics,
+            caches,
+            folder / "profile" if settings.profile else None,
+        )
+    finally:
+        if caches is not None:
+            caches.close()
     result.validation_relation_losses = losses
     result.validation_relation_loss = losses["total"]
     tracker.log_metrics(
@@ -161,6 +185,52 @@ def _distil_and_score(
         ):
             _score(settings, name, role, encoder, tokenizer, data, precision, tracker, result)
     write_model_card(folder / "student", settings, result, _untrained(settings, student))
+
+
+def _open_caches(
+    settings: Settings,
+    corpus: PreparedCorpus,
+    precision: str,
+    teacher_fingerprint: str,
+    hidden_size: int,
+    num_cells: int,
+    tracker: Tracker,
+) -> TeacherCaches | None:
+    """The caches of the teacher's states, or None where they are not wanted."""
+    training, runtime = settings.training, settings.runtime
+    validation = corpus.validation.spread(training.evaluation_sequences)
+    root = settings.outputs / "cache" / "teacher"
+    num_epochs = training.max_steps * training.batch_size / len(corpus.train)
+    limit_bytes = runtime.teacher_cache_gb * 1e9
+    key = fingerprint_text(
+        f"{CACHE_VERSION} {RESULTS_VERSION} {teacher_fingerprint} {corpus.fingerprint} {precision}"
+        f" {settings.layer_selection.teacher_layer}"
+    )
+    plan = plan_teacher_cache(
+        runtime.teacher_cache,
+        precision,
+        corpus.train.num_tokens + validation.num_tokens,
+        hidden_size,
+        num_cells * max(1.0, num_epochs),
+        root,
+        key,
+        limit_bytes,
+    )
+    caches, reason = None, plan.reason
+    if plan.use:
+        lengths = {"train": corpus.train.lengths, "validation": validation.lengths}
+        _log.info("teacher cache: %s", reason)
+        try:
+            caches = TeacherCaches(root, key, lengths, hidden_size, plan, limit_bytes)
+            reason += f"; {caches.train.num_cached()} of {len(corpus.train)} examples are there"
+        except ExperimentError as error:
+            if runtime.teacher_cache == "true":
+                raise
+            reason = str(error)
+    state = "off" if caches is None else "on"
+    _log.info("teacher cache %s: %s", state, reason)
+    tracker.set_tags({"teacher_cache": f"{state}: {reason}"})
+    return caches
 
 
 def _score(
@@ -279,7 +349,7 @@ def _params(settings: Settings) -> dict[str, Any]:
         "num_relation_heads": settings.relation_set.num_relation_heads,
         "teacher_layer": settings.layer_selection.teacher_layer,
     }
-    left_out = ("runtime", "tracking", "outputs_dir", "resume", "rerun")
+    left_out = ("runtime", "tracking", "outputs_dir", "resume", "rerun", "profile")
     return short | {
         name: value
         for name, value in flatten(settings).items()
@@ -328,6 +398,8 @@ def _finish(tracker: Tracker, result: Result) -> None:
     if result.score is not None:
         tracker.log_metrics({"score": result.score})
     tracker.log_artifact(folder / "student")
+    if (folder / "profile").is_dir():
+        tracker.log_artifact(folder / "profile")
     result.status = "FINISHED"
     result.write()
     tracker.log_artifact(folder / "result.json")

@@ -14,10 +14,11 @@ from typing import Any
 import xxhash
 
 from minilm_exp.errors import ExperimentError
+from minilm_exp.precision import teacher_dtype
 from minilm_exp.settings import Settings, as_dict
 
 # Raised by every change that CHANGELOG.md declares "changes results".
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -38,7 +39,7 @@ def run_key(settings: Settings, precision: str, fingerprints: dict[str, str]) ->
         fingerprints: Of the content behind every input path.
     """
     plain = as_dict(settings)
-    for name in ("runtime", "tracking", "outputs_dir", "resume", "rerun"):
+    for name in ("runtime", "tracking", "outputs_dir", "resume", "rerun", "profile"):
         del plain[name]
     for group, names in {
         "teacher": ("name", "path", "hub_id", "revision", "package"),
@@ -50,6 +51,7 @@ def run_key(settings: Settings, precision: str, fingerprints: dict[str, str]) ->
     for name in ("logging_steps", "evaluation_steps", "checkpoint_steps", "keep_checkpoints"):
         del plain["training"][name]
     plain["training"]["precision"] = precision
+    plain["teacher_dtype"] = str(teacher_dtype(precision, settings.runtime.teacher_cache))
     plain["inputs"] = fingerprints
     plain["results_version"] = RESULTS_VERSION
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -119,6 +119,18 @@ class QKVTap(nn.Module):
         return -self._calls_left == self.encoder.config.num_hidden_layers
 
 
+@torch.no_grad()
+def state_size(encoder: PreTrainedModel, layer: int) -> int:
+    """Width of a layer's states: heads x head size, which may differ from the hidden size."""
+    tap = QKVTap(encoder, layer)
+    try:
+        device = next(encoder.parameters()).device
+        states = tap(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
+        return states["query"].shape[-1]
+    finally:
+        tap.close()
+
+
 class _LayerReached(Exception):
     """Leaves a forward pass; works for every architecture, and keeps the gradients."""
 
@@ -139,6 +151,7 @@ def _unsupported(encoder: PreTrainedModel) -> ExperimentError:
     )
 
 
+@torch.compiler.disable  # it counts layers and may leave the forward pass
 def _attention(
     module: nn.Module,
     query: Tensor,

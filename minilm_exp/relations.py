@@ -3,17 +3,21 @@
 Source: MiniLMv2, arXiv:2012.15828, equations 5 to 8.
 
 Shape suffixes in this file:
-    B sequences   S tokens per sequence, padded   D hidden size
-    R relation heads (A_r in the paper)   H relation head size, D / R
+    B sequences   S tokens per sequence, padded   D hidden size   P pairs
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from minilm_exp.errors import ExperimentError
+from minilm_exp.relations_block import block_losses
 
 Pair = tuple[str, str]
 
@@ -26,6 +30,7 @@ def relation_loss(
     pairs: Iterable[Pair],
     num_relation_heads: int,
     attention_mask: Tensor | None = None,
+    kernel: str = "auto",
 ) -> Tensor:
     """Sum of the self-attention relation losses over the chosen pairs (equation 5, weights 0 or 1).
 
@@ -41,7 +46,9 @@ def relation_loss(
           of the mean; padding on either side, in any amount and with any content, changes
           neither the value nor the gradient.
         - Arithmetic is in float32 whatever the autocast data type, in float64 for float64 states.
-          Call backward outside the autocast block, as torch advises, and it is so there too.
+
+    The gradient is computed with the value, in blocks: no relation is ever held whole, and memory
+    grows with the states only. So the loss cannot be differentiated twice.
 
     Args:
         teacher: The states "query", "key" and "value" that `pairs` needs, each (B, S, D_teacher).
@@ -51,81 +58,159 @@ def relation_loss(
         num_relation_heads: Number of equal parts that each state vector is split into; must
             divide both hidden sizes. Need not be the number of attention heads of either model.
         attention_mask: (B, S), 1 for real tokens and 0 for padding; None where nothing is padded.
+        kernel: "block" (PyTorch), "triton" (CUDA), or "auto", see `resolve_kernel`.
 
     Returns:
         A scalar. The gradient reaches `student` only.
 
     Raises:
         ValueError: No or unknown pairs, sizes that do not fit, or a sequence of padding only.
+        RuntimeError: Inside a torch.func transform, or differentiated twice.
     """
-    losses = relation_losses(teacher, student, pairs, num_relation_heads, attention_mask)
-    return torch.stack(list(losses.values())).sum()
+    return relation_losses(teacher, student, pairs, num_relation_heads, attention_mask, kernel)[0]
 
 
+@torch.compiler.disable
 def relation_losses(
     teacher: Mapping[str, Tensor],
     student: Mapping[str, Tensor],
     pairs: Iterable[Pair],
     num_relation_heads: int,
     attention_mask: Tensor | None = None,
-) -> dict[Pair, Tensor]:
-    """The terms of `relation_loss`, one scalar for each pair."""
+    kernel: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`relation_loss`, and its terms (P), in the order of `pairs` and without a gradient."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"inside a torch.func transform: {_NOT_TWICE}")
     pairs = [(first, second) for first, second in pairs]
     _check(teacher, student, pairs, num_relation_heads, attention_mask)
-    is_token_BS = None if attention_mask is None else attention_mask.bool()
     names = sorted({name for pair in pairs for name in pair})
-    device_type = student[names[0]].device.type
-    with torch.autocast(device_type, enabled=False):
-        teacher_heads = {
-            name: _split_heads(teacher[name].detach(), num_relation_heads, is_token_BS)
-            for name in names
-        }
-        student_heads = {
-            name: _split_heads(student[name], num_relation_heads, is_token_BS) for name in names
-        }
-        return {
-            (first, second): _relation_kl(
-                _relation_logits(teacher_heads[first], teacher_heads[second]),
-                _relation_logits(student_heads[first], student_heads[second]),
-                is_token_BS,
+    if kernel == "auto" and torch.float64 in (
+        states[names[0]].dtype for states in (teacher, student)
+    ):
+        kernel = "block"  # triton computes in float32
+    compute = _compute_with(resolve_kernel(kernel, student[names[0]].device.type))
+    teacher = {name: teacher[name].detach() for name in names}
+    arrange, restore, lengths = _arranged(attention_mask, student[names[0]].shape)
+
+    def value_and_gradient(
+        states: dict[str, Tensor], with_gradient: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        losses_P, gradients = compute(
+            {name: arrange(state) for name, state in teacher.items()},
+            {name: arrange(state) for name, state in states.items()},
+            pairs,
+            num_relation_heads,
+            lengths,
+            with_gradient,
+        )
+        return losses_P, {name: restore(gradient) for name, gradient in gradients.items()}
+
+    total, losses_P = _RelationLoss.apply(
+        value_and_gradient, names, torch.is_grad_enabled(), *(student[name] for name in names)
+    )
+    return total, losses_P
+
+
+def resolve_kernel(asked: str, device_type: str) -> str:
+    """The kernel to use, "block" or "triton"; `auto` is triton on CUDA where it is installed.
+
+    Raises:
+        ExperimentError: triton is asked for where it cannot run.
+    """
+    if asked == "block" or (asked == "auto" and device_type != "cuda"):
+        return "block"
+    has_triton = importlib.util.find_spec("triton") is not None
+    if asked == "auto":
+        return "triton" if has_triton else "block"
+    if not has_triton:
+        raise ExperimentError(
+            "runtime.relation_kernel=triton: the package triton is not installed; use"
+            " runtime.relation_kernel=block"
+        )
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ExperimentError(
+            f"runtime.relation_kernel=triton does not run on {device_type}; use"
+            " runtime.relation_kernel=block (TRITON_INTERPRET=1 runs it slowly, for tests)"
+        )
+    return "triton"
+
+
+def _compute_with(kernel: str) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    if kernel == "triton":
+        from minilm_exp.relations_triton import triton_losses
+
+        return triton_losses
+    return block_losses
+
+
+class _RelationLoss(torch.autograd.Function):
+    """The sum of the losses, with the gradient that was computed beside it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value_and_gradient: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+        names: list[str],
+        is_grad_enabled: bool,
+        *states: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(states[0].device.type, enabled=False):
+            losses_P, gradients = value_and_gradient(
+                dict(zip(names, states)),
+                is_grad_enabled and any(state.requires_grad for state in states),
             )
-            for first, second in pairs
-        }
+        losses_P = losses_P.to(torch.promote_types(states[0].dtype, torch.float32))
+        ctx.save_for_backward(*gradients.values())
+        ctx.dtypes = [state.dtype for state in states]
+        ctx.mark_non_differentiable(losses_P)
+        return losses_P.sum(), losses_P
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"backward with create_graph=True: {_NOT_TWICE}")
+        gradients = [
+            (upstream * gradient).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+        ]
+        return None, None, None, *gradients
 
 
-def _split_heads(state_BSD: Tensor, num_relation_heads: int, is_token_BS: Tensor | None) -> Tensor:
-    state_BSD = state_BSD if state_BSD.dtype == torch.float64 else state_BSD.float()
-    if is_token_BS is not None:
-        # A padded state that is not finite would reach the others as 0 * inf.
-        state_BSD = state_BSD.masked_fill(~is_token_BS[..., None], 0.0)
-    num_sequences, num_tokens, hidden_size = state_BSD.shape
-    head_size = hidden_size // num_relation_heads
-    return state_BSD.view(num_sequences, num_tokens, num_relation_heads, head_size).transpose(1, 2)
+_NOT_TWICE = (
+    "the relation loss computes its gradient together with its value and has no second derivative;"
+    " differentiate it once, with loss.backward()"
+)
+
+_Rearrange = Callable[[Tensor], Tensor]
 
 
-def _relation_logits(first_BRSH: Tensor, second_BRSH: Tensor) -> Tensor:
-    return first_BRSH @ second_BRSH.transpose(-1, -2) * first_BRSH.shape[-1] ** -0.5
+def _arranged(
+    attention_mask: Tensor | None, shape: torch.Size
+) -> tuple[_Rearrange, _Rearrange, list[int]]:
+    """How to put real tokens first and the longest sequence first, how to undo it, and lengths.
 
+    Neither order matters to the loss. What stands behind a sequence becomes zero, so that content
+    that is not finite does no harm.
+    """
+    if attention_mask is None or attention_mask.bool().all():
+        return lambda state: state, lambda gradient: gradient, [shape[1]] * shape[0]
+    is_token_BS = attention_mask.bool()
+    lengths_B, sequences_B = is_token_BS.sum(dim=1).sort(descending=True, stable=True)
+    lengths = lengths_B.tolist()
+    tokens_BS = is_token_BS.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    index = (sequences_B[:, None], tokens_BS[sequences_B, : lengths[0]])
+    is_padding_BS1 = ~is_token_BS[index][..., None]
 
-def _relation_kl(
-    teacher_logits_BRSS: Tensor, student_logits_BRSS: Tensor, is_token_BS: Tensor | None
-) -> Tensor:
-    if is_token_BS is not None:
-        # The lowest finite number, because 0 * log(0) would be NaN with minus infinity.
-        lowest = torch.finfo(student_logits_BRSS.dtype).min
-        is_padded_key = ~is_token_BS[:, None, None, :]
-        teacher_logits_BRSS = teacher_logits_BRSS.masked_fill(is_padded_key, lowest)
-        student_logits_BRSS = student_logits_BRSS.masked_fill(is_padded_key, lowest)
-    kl_BRS = functional.kl_div(
-        functional.log_softmax(student_logits_BRSS, dim=-1),
-        functional.log_softmax(teacher_logits_BRSS, dim=-1),
-        reduction="none",
-        log_target=True,
-    ).sum(dim=-1)
-    kl_BS = kl_BRS.mean(dim=1)
-    if is_token_BS is None:
-        return kl_BS.mean()
-    return (kl_BS.masked_fill(~is_token_BS, 0.0).sum(dim=1) / is_token_BS.sum(dim=1)).mean()
+    def arrange(state_BSD: Tensor) -> Tensor:
+        return state_BSD[index].masked_fill_(is_padding_BS1, 0)
+
+    def restore(gradient_BSD: Tensor) -> Tensor:
+        restored_BSD = gradient_BSD.new_zeros(*shape[:2], gradient_BSD.shape[-1])
+        restored_BSD[index] = gradient_BSD.masked_fill(is_padding_BS1, 0)
+        return restored_BSD
+
+    return arrange, restore, lengths
 
 
 def _check(

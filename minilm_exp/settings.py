@@ -189,6 +189,10 @@ class Runtime:
     microbatch_size: Optional[int]
     num_threads: Optional[int]
     num_workers: int
+    compile: bool
+    relation_kernel: str
+    teacher_cache: str
+    teacher_cache_gb: float
 
 
 @dataclass
@@ -217,6 +221,7 @@ class Settings:
     outputs_dir: str
     resume: bool
     rerun: bool
+    profile: bool
     tasks: Tasks = field(default_factory=Tasks)
     notes: list[str] = field(default_factory=list)
 
@@ -260,6 +265,7 @@ def parse(
         raise ExperimentError(_explain(error)) from error
     assert isinstance(settings, Settings)
     settings.notes.extend(notes)
+    settings.runtime.teacher_cache = settings.runtime.teacher_cache.lower()  # YAML's true and false
     _check_student(settings, student_facts)
     for check in (_check_values, _check_relations, _check_corpus, _check_files):
         check(settings)
@@ -393,6 +399,8 @@ def _check_values(settings: Settings) -> None:
         ("corpus.split", settings.corpus.split, ("document", "sentence")),
         ("recipe", settings.recipe.name, ("task_agnostic", "prepare_corpus")),
         ("training.precision", training.precision, ("auto", "fp32", "bf16")),
+        ("runtime.teacher_cache", runtime.teacher_cache, ("auto", "true", "false")),
+        ("runtime.relation_kernel", runtime.relation_kernel, ("auto", "block", "triton")),
     ):
         if value not in choices:
             raise ExperimentError(f"{name}={value} is not one of {', '.join(choices)}")
@@ -411,6 +419,7 @@ def _check_values(settings: Settings) -> None:
         "relation_set.num_relation_heads": settings.relation_set.num_relation_heads,
         "runtime.microbatch_size": runtime.microbatch_size,
         "runtime.num_threads": runtime.num_threads,
+        "runtime.teacher_cache_gb": runtime.teacher_cache_gb,
         **{
             f"{group}.{name}": getattr(getattr(settings, group), name)
             for group, names in _POSITIVE.items()

@@ -108,7 +108,7 @@ def test_more_documents_than_a_batch(prepare, tmp_path, tiny_tokenizer, monkeypa
     """The rest of a stream forgotten between two batches of documents."""
     path = tmp_path / "a.txt"
     path.write_text("\n\n".join(make_documents(50)))
-    monkeypatch.setattr(corpus_module, "_BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr(corpus_module, "_BATCH_BYTES", 300)
     prepared = prepare(path)
     assert prepared.num_documents == 50
     separator = tiny_tokenizer.sep_token_id

@@ -6,6 +6,7 @@ wrong layer, pair or batch moves the loss. Nothing here asserts that training he
 
 import copy
 import dataclasses
+import gzip
 import json
 import random
 import shutil
@@ -170,6 +171,7 @@ class Distillation:
         stop_at=None,
         packing=True,
         watch=None,
+        profile_folder=None,
         **changes,
     ):
         settings = change(
@@ -204,6 +206,7 @@ class Distillation:
                 settings.training.precision,
                 checkpoints,
                 log_metrics,
+                profile_folder=profile_folder,
             )
         except Stopped:
             losses = None
@@ -432,6 +435,42 @@ def test_data_workers_change_nothing(run):
     helped = run(name="helped", max_steps=4, hidden_dropout=0.1, num_workers=2)
     assert are_equal(alone.student, helped.student)
     assert alone.logged == helped.logged
+
+
+@pytest.mark.filterwarnings("ignore:Profiler won't be using warmup")
+@pytest.mark.parametrize("max_steps", [1, 2, 8])
+def test_profiling_changes_nothing_and_says_where_time_goes(run, tmp_path, capsys, max_steps):
+    """A trace of no step, a share above the whole, or a part that is not found in it."""
+    plain = run(name="plain", max_steps=max_steps, hidden_dropout=0.1)
+    folder = tmp_path / "profile"
+    profiled = run(name="profiled", max_steps=max_steps, hidden_dropout=0.1, profile_folder=folder)
+    assert are_equal(plain.student, profiled.student)
+    with gzip.open(folder / "trace.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"minilm_exp: relation loss", "aten::baddbmm_"} <= names
+    table = (folder / "table.txt").read_text()
+    assert table.splitlines()[0] in capsys.readouterr().out
+    milliseconds = {
+        line[:36].strip(): float(line[36:46]) for line in table.splitlines()[1:9] if line.strip()
+    }
+    whole = milliseconds.pop("whole step")
+    assert len(milliseconds) == 7
+    assert sum(milliseconds.values()) == pytest.approx(whole, abs=0.5)
+    for part in ("teacher, forward or cache", "relation loss, value and gradient", "optimiser"):
+        assert 0 < milliseconds[part] < whole
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_layers_change_nothing_beyond_rounding(run):
+    """States taken from the wrong layer where layers are compiled, or an encoder left compiled."""
+    plain = run(name="plain", num_layers=3)
+    compiled = run(name="compiled", num_layers=3, compile=True)
+    assert relative_difference(compiled.student, plain.student, plain.first_student) < 1e-3
+    for name, loss in plain.losses.items():
+        assert compiled.losses[name] == pytest.approx(loss, rel=1e-4)
+    for encoder in (compiled.teacher, compiled.student):
+        assert not any(module._compiled_call_impl for module in encoder.modules())
 
 
 def test_threads_change_nothing_beyond_rounding(run):
