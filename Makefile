@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-seeds test lint lock ui clean
+.PHONY: help install demo demo-seeds test lint bench bench-quick lock ui clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,6 +34,14 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# NAME=machine names the file that is written; TEXT='my/*.txt' measures padding on your own text
+bench: $(STAMP) ## measure speed and memory beside the naive form (20 minutes, nothing else running)
+	$(BIN)/python -m benchmarks --output benchmarks/results/$(or $(NAME),here).json \
+	  $(if $(TEXT),--text $(TEXT))
+
+bench-quick: $(STAMP) ## a small part of it; fails where a ratio is far off (2 minutes)
+	$(BIN)/python -m benchmarks --quick
 
 lock: $(STAMP) ## write requirements.lock from what is installed
 	$(BIN)/python -m pip list --format=freeze --exclude-editable \
