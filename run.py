@@ -67,7 +67,7 @@ def _run(config: DictConfig, hydra_config: Any) -> float | None:
     from minilm_exp.result import Result
     from minilm_exp.summary import print_summary
 
-    outcome = run_experiment(settings, _num_cells(hydra_config))
+    outcome = run_experiment(settings, *_grid(hydra_config))
     if isinstance(outcome, Result):
         print_summary(settings, outcome)
         _finished_jobs.append((list(hydra_config.overrides.task), outcome))
@@ -80,21 +80,31 @@ def _run(config: DictConfig, hydra_config: Any) -> float | None:
     return None
 
 
-def _num_cells(hydra_config: Any) -> int:
-    """Runs of this multirun that share teacher, layer and corpus; of a search, its trials."""
+def _grid(hydra_config: Any) -> tuple[int, int]:
+    """Of this multirun: runs of one seed that share teacher, layer and corpus, and seeds.
+
+    A search counts its trials, if none of them changes those.
+    """
     if hydra_config.mode != RunMode.MULTIRUN:
-        return 1
-    if "n_trials" in hydra_config.sweeper:
-        return int(hydra_config.sweeper.n_trials)
+        return 1, 1
+    sweeper = hydra_config.sweeper
+    if "n_trials" in sweeper:
+        searched = [str(name) for name in (sweeper.get("params") or {})]
+        shares = not any(name.startswith(_CACHE_CHANGES) for name in searched)
+        return (int(sweeper.n_trials) if shares else 1), 1
     record = OmegaConf.load(Path(hydra_config.sweep.dir) / "multirun.yaml")
     grid = [*record.hydra.overrides.task]
     grid += [f"{name}={values}" for name, values in (record.hydra.sweeper.params or {}).items()]
-    num_cells = 1
+    num_cells = num_seeds = 1
     for override in OverridesParser.create().parse_overrides(grid):
         if override.is_sweep_override() and not override.key_or_group.startswith(_CACHE_CHANGES):
             is_glob = override.value_type == ValueType.GLOB_CHOICE_SWEEP
-            num_cells *= 2 if is_glob else len(list(override.sweep_iterator()))
-    return num_cells
+            number = 2 if is_glob else len(list(override.sweep_iterator()))
+            if override.key_or_group == "seed":
+                num_seeds *= number
+            else:
+                num_cells *= number
+    return num_cells, num_seeds
 
 
 # What gives each cell teacher states of its own.

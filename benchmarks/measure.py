@@ -20,13 +20,18 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def seconds_in_turn(
-    variants: Mapping[str, Callable[[], None]], num_rounds: int, num_warmup: int = 1
+    variants: Mapping[str, Callable[[], None]],
+    num_rounds: int,
+    num_warmup: int = 1,
+    by_wall: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of each variant in each round; all take their turn in every round.
 
-    With one thread it is processor time, which a busy neighbour does not stretch.
+    With one thread it is processor time, which a busy neighbour does not stretch; with several, or
+    `by_wall`, what the clock on the wall shows.
     """
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    is_alone = torch.get_num_threads() == 1 and not by_wall
+    clock = time.process_time if is_alone else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(num_warmup + num_rounds):
         for name, run in variants.items():
@@ -82,6 +87,7 @@ def circumstances() -> dict[str, str | int]:
         "processor": _processor(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "cores": os.cpu_count() or 0,
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "commit": git["commit"],
         "dirty": git["dirty"],
         **versions(),

@@ -59,7 +59,7 @@ def relation_loss(
 
 
 class NaiveDistiller:
-    """One training step after the other, in float32."""
+    """One training step after the other."""
 
     def __init__(
         self, teacher: BertModel, student: BertModel, teacher_layer: int, num_relation_heads: int

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerFast
@@ -116,8 +117,8 @@ class WholeTraining:
             caches.close()
         return training.max_steps * training.batch_size * chosen.corpus.block_length / seconds
 
-    def naive(self, num_steps: int) -> float:
-        """Real tokens a second of the naive training in float32."""
+    def naive(self, num_steps: int, precision: str) -> float:
+        """Real tokens a second of the naive training."""
         chosen = self.settings
         heads = chosen.relation_set.num_relation_heads
         naive = NaiveDistiller(*self._models(), chosen.layer_selection.teacher_layer, heads)
@@ -125,7 +126,8 @@ class WholeTraining:
         start = time.perf_counter()
         batches = padded_batches(self.examples, chosen.training.batch_size, chosen.seed)
         for input_ids, attention_mask in itertools.islice(batches, num_steps):
-            naive.step(input_ids, attention_mask)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                naive.step(input_ids, attention_mask)
             num_tokens += int(attention_mask.sum())
         return num_tokens / (time.perf_counter() - start)
 

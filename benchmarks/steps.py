@@ -187,7 +187,7 @@ def make_loss(variant: str, size: Size) -> Callable[[], None]:
         if variant == "naive":
             loss = relation_loss(teacher, student, size.num_relation_heads, mask)
         else:
-            loss = block_loss(teacher, student, PAIRS, size.num_relation_heads)
+            loss = block_loss(teacher, student, PAIRS, size.num_relation_heads, mask)
         loss.backward()
         for state in student.values():
             state.grad = None

@@ -72,8 +72,11 @@ class Blocks(torch.utils.data.Dataset):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all examples, special tokens included."""
-        return int(self.lengths.sum())
+        """Tokens of all examples, summed in parts: there may be millions of examples."""
+        return sum(
+            int((self.ends[start : start + 2**20] - self.starts[start : start + 2**20]).sum())
+            for start in range(0, len(self), 2**20)
+        )
 
     def spread(self, number: int) -> Blocks:
         """The given number of examples at even distances, or all."""
@@ -237,6 +240,7 @@ def _build_cache(settings: Settings, tokenizer: PreTrainedTokenizerFast, folder:
                     examples["validation" if is_held_out else "train"] += parts
                 for part, writer in writers.items():
                     writer.add(examples[part])
+                gc.collect(1)  # what a reader of documents may leave
                 bar.update(sum(map(len, documents)))
                 num_documents += len(documents)
         held_out.write(partial / "held_out.jsonl")

@@ -125,6 +125,8 @@ class RelationDistiller(nn.Module):
         """Has torch.compile translate the layers below the tapped ones, all but their attention."""
         for tap in (*self._teacher, self.student):
             self._compiled += layers_of(tap.encoder)[: tap.layer - 1]
+        # Else dropout would draw other units than without compiling.
+        torch._inductor.config.fallback_random = True
         for layer in self._compiled:
             layer.compile()
 
@@ -195,8 +197,6 @@ def distil(
     ]
     for parameter in untrained:
         parameter.requires_grad_(False)
-    if settings.runtime.compile:
-        distiller.compile_layers()
     trainer = _DistillationTrainer(
         model=distiller,
         args=_training_arguments(settings, precision, checkpoints),
@@ -210,14 +210,19 @@ def distil(
         log_metrics=log_metrics,
     )
     trainer.remove_callback(PrinterCallback)
-    if profile_folder is not None:
-        trainer.add_callback(StepProfiler(profile_folder))
+    profiler = None if profile_folder is None else StepProfiler(profile_folder)
+    if profiler is not None:
+        trainer.add_callback(profiler)
     start = last_whole_checkpoint(checkpoints) if settings.resume else None
     try:
+        if settings.runtime.compile:
+            distiller.compile_layers()
         set_seed(settings.seed)
         trainer.train(resume_from_checkpoint=str(start) if start else None)
-        return trainer.relation_losses_on(trainer.eval_dataset)
+        return trainer.final_losses()
     finally:
+        if profiler is not None:
+            profiler.close()
         distiller.close()
         for parameter in untrained:
             parameter.requires_grad_(True)
@@ -231,6 +236,7 @@ class _DistillationTrainer(Trainer):
         self._log_metrics = log_metrics
         self._sums: Tensor | None = None
         self._num_summed = 0
+        self._evaluated: tuple[int, dict[str, float]] | None = None
         distiller: RelationDistiller = arguments["model"]
         self._distiller = distiller
         self._names = [f"{first}-{second}" for first, second in distiller.pairs]
@@ -281,6 +287,7 @@ class _DistillationTrainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         losses = self.relation_losses_on(self.eval_dataset)
+        self._evaluated = self.state.global_step, losses
         self._log_metrics(
             {f"distill/validation/{name}": value for name, value in losses.items()},
             self.state.global_step,
@@ -290,6 +297,12 @@ class _DistillationTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def final_losses(self) -> dict[str, float]:
+        """Validation losses after the last step; taken anew where it was not evaluated."""
+        if self._evaluated is not None and self._evaluated[0] == self.state.global_step:
+            return self._evaluated[1]
+        return self.relation_losses_on(self.eval_dataset)
 
     @torch.no_grad()
     def relation_losses_on(self, examples: Any) -> dict[str, float]:

@@ -234,7 +234,7 @@ def _read_datasets(corpus: Corpus) -> Iterator[str]:
 def _sections(document: str) -> Iterator[str]:
     if len(document) < SECTION_CHARACTERS:
         if document and not document.isspace():
-            yield document
+            yield "\n".join(document.splitlines())
         return
     lines: list[str] = []
     size = 0

@@ -46,12 +46,15 @@ from minilm_exp.tracking import Tracker, end_interrupted, start_tracking
 _log = logging.getLogger(__name__)
 
 
-def run_experiment(settings: Settings, num_cells: int = 1) -> Result | PreparedCorpus:
+def run_experiment(
+    settings: Settings, num_cells: int = 1, num_seeds: int = 1
+) -> Result | PreparedCorpus:
     """Runs the recipe, or returns the run with the same key that has already finished.
 
     Args:
         settings: The run.
-        num_cells: Runs of the grid that it belongs to and that read the same teacher states.
+        num_cells: Runs of its grid, for one seed, that read the same teacher states.
+        num_seeds: Seeds of its grid.
 
     Raises:
         ExperimentError: Something that the user can change stops the run. What was recorded until
@@ -87,7 +90,8 @@ def run_experiment(settings: Settings, num_cells: int = 1) -> Result | PreparedC
             result.write()
             start = time.monotonic()
             _record_setting(settings, result, precision, inputs, tracker)
-            _distil_and_score(settings, precision, inputs, num_cells, tracker, result)
+            grid = (num_cells, num_seeds)
+            _distil_and_score(settings, precision, inputs, grid, tracker, result)
             result.elapsed_seconds = time.monotonic() - start
             _finish(tracker, result)
         except BaseException as error:
@@ -116,7 +120,7 @@ def _distil_and_score(
     settings: Settings,
     precision: str,
     inputs: dict[str, str],
-    num_cells: int,
+    grid: tuple[int, int],
     tracker: Tracker,
     result: Result,
 ) -> None:
@@ -149,7 +153,7 @@ def _distil_and_score(
         precision,
         inputs["teacher"],
         state_size(teacher, layer),
-        num_cells,
+        grid,
         tracker,
     )
     try:
@@ -193,14 +197,17 @@ def _open_caches(
     precision: str,
     teacher_fingerprint: str,
     hidden_size: int,
-    num_cells: int,
+    grid: tuple[int, int],
     tracker: Tracker,
 ) -> TeacherCaches | None:
     """The caches of the teacher's states, or None where they are not wanted."""
     training, runtime = settings.training, settings.runtime
     validation = corpus.validation.spread(training.evaluation_sequences)
     root = settings.outputs / "cache" / "teacher"
+    num_cells, num_seeds = grid
     num_epochs = training.max_steps * training.batch_size / len(corpus.train)
+    # Below one epoch, each seed reads a share of its own.
+    share_read = 1 - (1 - min(1.0, num_epochs)) ** num_seeds
     limit_bytes = runtime.teacher_cache_gb * 1e9
     key = fingerprint_text(
         f"{CACHE_VERSION} {RESULTS_VERSION} {teacher_fingerprint} {corpus.fingerprint} {precision}"
@@ -211,7 +218,7 @@ def _open_caches(
         precision,
         corpus.train.num_tokens + validation.num_tokens,
         hidden_size,
-        num_cells * max(1.0, num_epochs),
+        num_cells * num_seeds * num_epochs / share_read,
         root,
         key,
         limit_bytes,

@@ -58,11 +58,11 @@ class StepProfiler(TrainerCallback):
         if self._profiler is not None:
             self._profiler.step()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def close(self) -> None:
+        """Stops the profiler, however training ended."""
         if self._profiler is not None:
             self._profiler.stop()
+            self._profiler = None
 
     def _write(self, profiler: profile) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

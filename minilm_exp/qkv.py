@@ -173,7 +173,8 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 def _repeat_heads(state: Tensor, num_heads: int) -> Tensor:
-    return state.repeat_interleave(num_heads // state.shape[1], dim=1)
+    num_repeats = num_heads // state.shape[1]
+    return state if num_repeats == 1 else state.repeat_interleave(num_repeats, dim=1)
 
 
 def _merge_heads(state: Tensor) -> Tensor:

@@ -23,6 +23,10 @@ Pair = tuple[str, str]
 
 STATES = ("query", "key", "value")
 
+# Relation head sizes up to which the Triton kernel fits into every GPU, and into a large one.
+_WIDEST_HEAD_AUTO = 64
+_WIDEST_HEAD = 128
+
 
 def relation_loss(
     teacher: Mapping[str, Tensor],
@@ -47,8 +51,8 @@ def relation_loss(
           neither the value nor the gradient.
         - Arithmetic is in float32 whatever the autocast data type, in float64 for float64 states.
 
-    The gradient is computed with the value, in blocks: no relation is ever held whole, and memory
-    grows with the states only. So the loss cannot be differentiated twice.
+    The gradient is computed with the value, in blocks of bounded size that are used again. So
+    memory grows with the states only, and the loss cannot be differentiated twice.
 
     Args:
         teacher: The states "query", "key" and "value" that `pairs` needs, each (B, S, D_teacher).
@@ -65,7 +69,8 @@ def relation_loss(
 
     Raises:
         ValueError: No or unknown pairs, sizes that do not fit, or a sequence of padding only.
-        RuntimeError: Inside a torch.func transform, or differentiated twice.
+        RuntimeError: Inside a torch.func transform, or differentiated twice or forward.
+        ExperimentError: The kernel that is asked for cannot run here.
     """
     return relation_losses(teacher, student, pairs, num_relation_heads, attention_mask, kernel)[0]
 
@@ -85,11 +90,20 @@ def relation_losses(
     pairs = [(first, second) for first, second in pairs]
     _check(teacher, student, pairs, num_relation_heads, attention_mask)
     names = sorted({name for pair in pairs for name in pair})
-    if kernel == "auto" and torch.float64 in (
-        states[names[0]].dtype for states in (teacher, student)
+    states = [owner[name] for owner in (teacher, student) for name in names]
+    widest = max(state.shape[-1] for state in states) // num_relation_heads
+    if kernel == "auto" and (
+        widest > _WIDEST_HEAD_AUTO or any(state.dtype == torch.float64 for state in states)
     ):
-        kernel = "block"  # triton computes in float32
-    compute = _compute_with(resolve_kernel(kernel, student[names[0]].device.type))
+        kernel = "block"
+    kernel = resolve_kernel(kernel, student[names[0]].device.type)
+    if kernel == "triton" and widest > _WIDEST_HEAD:
+        raise ExperimentError(
+            f"relation heads of size {widest} are above the {_WIDEST_HEAD} that"
+            " runtime.relation_kernel=triton holds in a GPU's shared memory; use"
+            " runtime.relation_kernel=block"
+        )
+    compute = _compute_with(kernel)
     teacher = {name: teacher[name].detach() for name in names}
     arrange, restore, lengths = _arranged(attention_mask, student[names[0]].shape)
 
@@ -175,6 +189,10 @@ class _RelationLoss(torch.autograd.Function):
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         ]
         return None, None, None, *gradients
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"forward-mode differentiation: {_NOT_TWICE}")
 
 
 _NOT_TWICE = (

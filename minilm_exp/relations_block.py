@@ -1,7 +1,7 @@
 """The relation loss and its gradient, computed together in blocks with PyTorch.
 
-No relation is ever held whole: a block of teacher scores and one of student scores give their share
-of the loss and of the gradient and are overwritten by the next. With A a block of rows of the first
+A block of teacher scores and one of student scores, of bounded size, give their share of the loss
+and of the gradient and are overwritten by the next. With A a block of rows of the first
 state and X the second, E = exp(scores), Z its row sums, c = H^-0.5 and w the weight of a row, all
 that is needed are products of E with narrow matrices:
 
@@ -12,8 +12,8 @@ that is needed are products of E with narrow matrices:
     gradient of X_s         w c_s (E_s' A_s / Z_s - E_t' A_s / Z_t)
 
 which is the gradient of a softmax cross-entropy, w (q - p), multiplied out; so the gradient's
-rounding is that of q X and p X, not of their difference. Memory beside the states: two blocks of
-scores, and the gradients.
+rounding is that of q X and p X, not of their difference. Memory beside the states and their
+gradients: two blocks of scores and the narrow products, whatever heads x S^2 is.
 
 Shape suffixes in this file:
     N sequences   S tokens per sequence, padded   D hidden size   P pairs
@@ -45,15 +45,18 @@ class _Scratch:
     """Buffers that every block uses again: fresh memory costs more than the arithmetic on it."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._empty = torch.empty(0, dtype=dtype, device=device)
+        self._dtype, self._device = dtype, device
         self._buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """The buffer of that name, of that shape, with anything in it."""
         size = math.prod(shape)
-        buffer = self._buffers.get(name, self._empty)
-        if len(buffer) < size:
-            buffer = self._buffers[name] = self._empty.new_empty(size)
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < size:
+            with torch.inference_mode(False):  # or training could not use it later
+                buffer = self._buffers[name] = torch.empty(
+                    size, dtype=self._dtype, device=self._device
+                )
         return buffer[:size].view(shape)
 
 

@@ -467,6 +467,11 @@ def _check_values(settings: Settings) -> None:
                 f"runtime.microbatch_size={runtime.microbatch_size} does not divide"
                 f" training.batch_size={training.batch_size}"
             )
+    if runtime.compile and settings.teacher.model_type == "albert":
+        raise ExperimentError(
+            "runtime.compile=true needs layers with weights of their own, an albert's share theirs:"
+            " set runtime.compile=false"
+        )
     if student.hidden_size % student.num_attention_heads:
         raise ExperimentError(
             f"student.num_attention_heads={student.num_attention_heads} does not divide"

@@ -97,11 +97,11 @@ def plan_teacher_cache(
         return Plan(True, f"runtime.teacher_cache=true: {size} in {folder}", num_bytes)
     if precision == "fp32":
         reason = "training.precision is fp32, and a bf16 cache would change the result"
-    elif times_read < 2 and not (folder / key).is_dir():
-        reason = f"each example is read {times_read:.1f} times, fewer than 2"
+    elif times_read < 2 and not _is_there(folder / key):
+        reason = f"an example is read {times_read:.1f} times, fewer than 2"
     else:
-        why = f"each example is read {times_read:.1f} times"
-        if (folder / key).is_dir():
+        why = f"an example is read {times_read:.1f} times"
+        if _is_there(folder / key):
             why = "an earlier run made it"
         reason = problem or f"{why}; {size} in {folder}"
         return Plan(problem is None, f"runtime.teacher_cache=auto: {reason}", num_bytes)
@@ -262,6 +262,8 @@ class TeacherCaches:
 
     def close(self) -> None:
         """Lets the cache be evicted when room is needed."""
+        for part in _PARTS:
+            vars(self).pop(part, None)  # its memory map would keep the room of an evicted file
         with contextlib.suppress(OSError):  # somebody has removed it
             os.utime(self._folder)
         self._in_use.release()
@@ -409,6 +411,10 @@ def _no_room(folder: Path, free: int, evictable: int) -> str:
         f" {_gigabytes(evictable)} and {_gigabytes(_MARGIN_BYTES)} stay free: free space, set"
         " outputs_dir to another disk, or set runtime.teacher_cache=false"
     )
+
+
+def _is_there(folder: Path) -> bool:
+    return any(folder.glob("train-*.safetensors"))
 
 
 def _free_bytes(folder: Path) -> int:

@@ -15,6 +15,7 @@ NO_RESULT_DEPENDS_ON = {
     "outputs_dir",
     "resume",
     "rerun",
+    "profile",
     "training.logging_steps",
     "training.evaluation_steps",
     "training.checkpoint_steps",

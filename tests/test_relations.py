@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import threading
 
 import pytest
 import torch
@@ -469,6 +470,42 @@ def test_no_tensor_grows_with_the_square_of_the_length():
         relation_loss(teacher, trainable(student), QQ_KK_VV, 8).backward()
     assert largest <= relations_block._SCORES_PER_THREAD * torch.get_num_threads()
     assert largest < 8 * num_tokens**2 / 4
+
+
+def test_forward_differentiation_is_refused():
+    """An unreadable error from inside."""
+    teacher, student = make_states(46, 8), make_states(47, 8)
+    with torch.autograd.forward_ad.dual_level():
+        key = torch.autograd.forward_ad.make_dual(student["key"], torch.ones(3, 5, 8))
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            relation_loss(teacher, {**student, "key": key}, [("key", "key")], 2)
+
+
+def test_inference_mode_does_not_spoil_training():
+    """Buffers that are kept from step to step, made where training cannot use them."""
+    relations_block._kept = threading.local()
+    teacher, student = make_states(48, 8), make_states(49, 8)
+    with torch.inference_mode():
+        expected = relation_loss(teacher, student, QQ_KK_VV, 2)
+    loss, gradient = value_and_gradient(relation_loss, teacher, student, QQ_KK_VV, 2, None)
+    assert_near(loss, expected)
+    assert all(grad.abs().max() > 0 for grad in gradient.values())
+
+
+def test_wide_heads_do_not_go_to_triton(monkeypatch):
+    """A kernel that asks for more shared memory than a GPU has, at the first step."""
+    seen = []
+    monkeypatch.setattr(
+        relations, "resolve_kernel", lambda kernel, device: seen.append(kernel) or "block"
+    )
+    for hidden_size, heads, dtype in ((128, 2, "float32"), (128, 1, "float32"), (8, 2, "float64")):
+        states = make_states(50, hidden_size, dtype=getattr(torch, dtype))
+        relation_loss(states, states, QK_VV, heads)
+    assert seen == ["auto", "block", "block"]
+    monkeypatch.setattr(relations, "resolve_kernel", lambda *_: "triton")
+    states = make_states(50, 256)
+    with pytest.raises(ExperimentError, match=r"size 256.*relation_kernel=block"):
+        relation_loss(states, states, QK_VV, 1, kernel="triton")
 
 
 def test_kernels_by_name(monkeypatch):

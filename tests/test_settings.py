@@ -300,6 +300,10 @@ WRONG_VALUES = {
     "kernel": (["runtime.relation_kernel=cuda"], "runtime.relation_kernel=cuda"),
     "compile": (["runtime.compile=maybe"], "runtime.compile"),
     "profile": (["profile=maybe"], "profile"),
+    "compiled albert": (
+        ["runtime.compile=true", "teacher.model_type=albert"],
+        "runtime.compile=false",
+    ),
     "device with a typing error": (["runtime.device=cuda:x"], "runtime.device=cuda:x"),
     "recipe": (["recipe.name=evaluate"], "recipe"),
     "attention heads": (["student.num_attention_heads=5"], "student.num_attention_heads=5"),

@@ -625,8 +625,8 @@ SIZE = "1000000 tokens x 3 states x 384 x 2 bytes = 2.30 GB"
         ({"asked": "true"}, True, f"runtime.teacher_cache=true: {SIZE} in nowhere"),
         ({"asked": "true", "precision": "fp32", "times_read": 1.0}, True, SIZE),
         ({"precision": "fp32"}, False, "auto: training.precision is fp32"),
-        ({"times_read": 1.9}, False, "auto: each example is read 1.9 times, fewer than 2"),
-        ({}, True, f"auto: each example is read 2.0 times; {SIZE} in nowhere"),
+        ({"times_read": 1.9}, False, "auto: an example is read 1.9 times, fewer than 2"),
+        ({}, True, f"auto: an example is read 2.0 times; {SIZE} in nowhere"),
         ({"limit": 2.3e9}, False, f"auto: {SIZE}, above runtime.teacher_cache_gb=2.3: raise"),
     ],
     ids=["false", "true", "true anyway", "fp32", "once", "auto", "limit"],
@@ -709,7 +709,16 @@ def small_corpus(lengths=RAGGED, vocabulary=60):
 def opened_by_pipeline(settings_for, tmp_path):
     """Opens the caches of a run on a small corpus, as the pipeline does."""
 
-    def open_(asked, num_cells=2, precision="bf16", max_steps=3, teacher="t", corpus="f", layer=2):
+    def open_(
+        asked,
+        num_cells=2,
+        num_seeds=1,
+        precision="bf16",
+        max_steps=3,
+        teacher="t",
+        corpus="f",
+        layer=2,
+    ):
         settings = settings_for("experiment=smoke", values={"runtime.teacher_cache": asked})
         settings.training.max_steps, settings.training.batch_size = max_steps, 2
         settings.training.evaluation_sequences = 2
@@ -717,19 +726,21 @@ def opened_by_pipeline(settings_for, tmp_path):
         tracker = Tracker()
         prepared = replace(small_corpus(), fingerprint=corpus)
         caches = pipeline._open_caches(
-            settings, prepared, precision, teacher, 96, num_cells, tracker
+            settings, prepared, precision, teacher, 96, (num_cells, num_seeds), tracker
         )
-        if caches is not None:
-            caches.close()
+        opened.append(caches)
         return caches, tracker.tags["teacher_cache"]
 
-    return open_
+    opened = []
+    yield open_
+    for caches in filter(None, opened):
+        caches.close()
 
 
 def test_pipeline_says_what_it_decided(opened_by_pipeline, tmp_path):
     """Nobody can see why a cache was used; or a part has the states of other examples."""
     caches, tag = opened_by_pipeline("auto")
-    assert tag.startswith("on: runtime.teacher_cache=auto: each example is read 2.0 times; ")
+    assert tag.startswith("on: runtime.teacher_cache=auto: an example is read 2.0 times; ")
     # 28 tokens to train on, and the first and third of four held out.
     assert "33 tokens x 3 states x 96 x 2 bytes = 0.00 GB in " in tag
     assert caches.train._lengths.tolist() == RAGGED.tolist()
@@ -749,6 +760,23 @@ def test_auto_uses_what_an_earlier_run_made(opened_by_pipeline):
     opened_by_pipeline("true")
     caches, tag = opened_by_pipeline("auto", num_cells=1)
     assert caches is not None and "an earlier run made it" in tag
+
+
+def test_seeds_share_less_of_a_large_corpus(opened_by_pipeline):
+    """Two runs of a hundredth of the corpus each, and room taken for all of it."""
+    # 6 examples, 2 steps of 2: each seed reads two thirds, so one example is read 1.5 times.
+    _, tag = opened_by_pipeline("auto", num_cells=1, num_seeds=2, max_steps=2)
+    assert "an example is read 1.5 times, fewer than 2" in tag
+    _, tag = opened_by_pipeline("auto", num_cells=2, num_seeds=1, max_steps=1)
+    assert "an example is read 2.0 times; " in tag
+
+
+def test_failed_cache_does_not_count_as_made(opened_by_pipeline, monkeypatch):
+    """A folder that a full disk left empty makes every later run try again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", no_room)
+        assert opened_by_pipeline("auto")[0] is None
+    assert "an example is read 1.0 times" in opened_by_pipeline("auto", num_cells=1)[1]
 
 
 def test_each_content_has_its_own_cache(opened_by_pipeline):
@@ -1225,8 +1253,8 @@ from types import ModuleType
 from unittest.mock import MagicMock
 from minilm_exp.errors import ExperimentError
 
-def run_experiment(settings, num_cells):
-    print("cells", num_cells)
+def run_experiment(settings, num_cells, num_seeds):
+    print("cells", num_cells * num_seeds)
     raise ExperimentError("enough")
 
 sys.modules["transformers"] = MagicMock()  # takes seconds to import, for nothing
@@ -1267,6 +1295,17 @@ def test_cells_of_an_optuna_sweep(tmp_path):
     assert cells(tmp_path, "-m", *sweeper, interval) == [2, 2]
 
 
+@pytest.mark.parametrize(
+    "params, expected",
+    [(None, (7, 1)), ({"relations": "qq,vv"}, (7, 1)), ({"teacher": "a,b"}, (1, 1))],
+)
+def test_cells_of_a_search(run_module, params, expected):
+    """Trials that each have a teacher layer of their own count as sharing one cache."""
+    hydra_config = SimpleNamespace(mode=RunMode.MULTIRUN, sweeper={"n_trials": 7, "params": params})
+    hydra_config.sweeper = OmegaConf.create(hydra_config.sweeper)
+    assert run_module._grid(hydra_config) == expected
+
+
 @pytest.fixture
 def run_module(monkeypatch):
     """run.py as a module."""
@@ -1289,12 +1328,13 @@ def test_user_reads_which_setting_helps(run_module, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "overrides, expected",
     [
-        (["seed=1,2", "relations=qq,vv"], 4),
-        (["seed=range(1,5)", "+teacher.revision=a,b", "training.max_steps=9"], 4),
-        (["teacher=bert_base,bert_large", "corpus.files=[a],[b]"], 1),
-        (["relations=glob(q*)"], 2),
-        (["seed=shuffle(range(0,3))", "student.hidden_size=choice(12,24)"], 6),
-        ([], 2),
+        (["seed=1,2", "relations=qq,vv"], (2, 2)),
+        (["seed=range(1,5)", "+teacher.revision=a,b", "training.max_steps=9"], (1, 4)),
+        (["teacher=bert_base,bert_large", "corpus.files=[a],[b]"], (1, 1)),
+        (["training.precision=fp32,bf16", "experiment=smoke,demo"], (1, 1)),
+        (["relations=glob(q*)"], (2, 1)),
+        (["seed=shuffle(range(0,3))", "student.hidden_size=choice(12,24)"], (2, 3)),
+        ([], (2, 1)),
     ],
     ids=str,
 )
@@ -1304,6 +1344,6 @@ def test_cells_of_a_command_line(run_module, tmp_path, overrides, expected):
     record = {"hydra": {"overrides": {"task": overrides}, "sweeper": {"params": params}}}
     (tmp_path / "multirun.yaml").write_text(json.dumps(record))
     sweep = SimpleNamespace(dir=str(tmp_path))
-    for mode, number in ((RunMode.MULTIRUN, expected), (RunMode.RUN, 1)):
+    for mode, number in ((RunMode.MULTIRUN, expected), (RunMode.RUN, (1, 1))):
         hydra_config = SimpleNamespace(mode=mode, sweep=sweep, sweeper={})
-        assert run_module._num_cells(hydra_config) == number
+        assert run_module._grid(hydra_config) == number
