@@ -72,7 +72,7 @@ def fingerprint_files(files: list[Path], names: bool = False) -> str:
                 digest.update(file.name.encode())
             digest.update(str(file.stat().st_size).encode())
             with file.open("rb") as opened:
-                while block := opened.read(1 << 24):
+                while block := opened.read(1 << 20):
                     digest.update(block)
         except OSError as error:
             raise ExperimentError(f"{file} cannot be read: {error.strerror}") from error

@@ -1064,8 +1064,8 @@ def test_cached_training_equals_uncached(distilled, forwards, tmp_path, packing,
     In one epoch each batch is computed as it is without a cache, so all losses are equal bitwise.
     """
     expected = distilled(None, packing, precision)
-    # 4 steps of 4, and 2 evaluations and the last one of 5 in batches of 4.
-    assert forwards == [4, 4, 4, 1, 4, 4, 4, 1, 4, 1]
+    # 4 steps of 4, and 2 evaluations of 5 in batches of 4, the second of which is the last.
+    assert forwards == [4, 4, 4, 1, 4, 4, 4, 1]
     forwards.clear()
     caches = caches_of(tmp_path / "caches", packing)
     assert distilled(caches, packing, precision) == expected
