@@ -250,7 +250,7 @@ def teacher_cache(num_rounds: int, size: Size, name: str) -> list[Row]:
                 ratio,
                 "x",
                 "<= 0.45",
-                at_most=0.9,
+                at_most=1.2,
             )
         )
     return rows
