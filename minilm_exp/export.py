@@ -53,14 +53,17 @@ def write_model_card(
     """README.md of the checkpoint: what it is, the measured numbers, what to know, the config."""
     teacher, student = settings.teacher, settings.student
     rows = [
-        ("speedup over the teacher", f"x{result.speedup:.2f}"),
-        ("parameters without pooler", f"{result.num_parameters:,}"),
+        (f"speedup over {result.baseline}", f"x{result.speedup:.2f}"),
+        ("parameters without pooler", f"{result.parameters['student']['total']:,}"),
         ("validation relation loss (nats)", f"{result.validation_relation_loss:.4f}"),
     ]
-    for task, score in result.scores.items():
-        rows.append((f"{task}, this student", f"{score:.4f}"))
-        rows.append((f"{task}, not distilled", f"{result.undistilled_scores[task]:.4f}"))
-        rows.append((f"{task}, teacher", f"{result.teacher_scores[task]:.4f}"))
+    for role, name in (
+        ("student", "this student"),
+        ("undistilled", "not distilled"),
+        ("teacher", "teacher"),
+    ):
+        for task, score in result.scores_of(role).items():
+            rows.append((f"{task} ({settings.tasks[task].score}), {name}", f"{score:.4f}"))
     data = (
         ", ".join(settings.corpus.files)
         or ", ".join(source.path for source in settings.corpus.datasets)

@@ -6,15 +6,17 @@ import copy
 import logging
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from minilm_exp.corpus import PreparedCorpus, fingerprint_corpus, prepare_corpus
 from minilm_exp.distil import distil
+from minilm_exp.downstream import Model, Scoring, find_tasks, load_tasks
 from minilm_exp.errors import ExperimentError
 from minilm_exp.export import save_student, write_model_card
 from minilm_exp.plots import loss_curves
@@ -31,15 +33,24 @@ from minilm_exp.provenance import (
 from minilm_exp.qkv import QKVTap, state_size
 from minilm_exp.redaction import redact
 from minilm_exp.relations import resolve_kernel
-from minilm_exp.result import Result
+from minilm_exp.result import Result, read_result
 from minilm_exp.run_folder import choose_folder, finished_run, occupied, run_name
 from minilm_exp.settings import Settings, as_dict, flatten
 from minilm_exp.speed import measure_speedup
-from minilm_exp.student import build_student, count_parameters, untrained_parameters
+from minilm_exp.student import (
+    build_student,
+    count_parameters,
+    load_checkpoint,
+    untrained_parameters,
+)
+from minilm_exp.tasks.data import Splits
 from minilm_exp.tasks.examples import TaskData
-from minilm_exp.tasks.finetune import finetune
-from minilm_exp.tasks.next_passage import make_next_passage
-from minilm_exp.teacher import fingerprint_teacher, load_encoder, load_tokenizer
+from minilm_exp.teacher import (
+    fingerprint_teacher,
+    load_encoder,
+    load_tokenizer,
+    random_encoder,
+)
 from minilm_exp.teacher_cache import CACHE_VERSION, TeacherCaches, plan_teacher_cache
 from minilm_exp.tracking import Tracker, end_interrupted, start_tracking
 
@@ -67,7 +78,7 @@ def run_experiment(
             settings, load_tokenizer(settings.teacher), fingerprint_corpus(settings.corpus)
         )
     try:
-        precision, inputs = _identify(settings)
+        precision, inputs, splits = _identify(settings)
     except ExperimentError as error:
         _record_unstarted(settings, error)
         raise
@@ -84,14 +95,18 @@ def run_experiment(
             run_key=key,
             status="RUNNING",
             folder=str(folder),
-            meaningful=settings.teacher.weights != "random",
+            meaningful=settings.teacher.weights != "random" or "teacher" not in inputs,
         )
         try:
             result.write()
             start = time.monotonic()
             _record_setting(settings, result, precision, inputs, tracker)
-            grid = (num_cells, num_seeds)
-            _distil_and_score(settings, precision, inputs, grid, tracker, result)
+            scoring = Scoring(settings, precision, folder, tracker)
+            if settings.recipe.name == "finetune":
+                _score_checkpoint(settings, inputs, splits, scoring, result)
+            else:
+                grid = (num_cells, num_seeds)
+                _distil_and_score(settings, inputs, splits, grid, scoring, result)
             result.elapsed_seconds = time.monotonic() - start
             _finish(tracker, result)
         except BaseException as error:
@@ -100,8 +115,8 @@ def run_experiment(
     return result
 
 
-def _identify(settings: Settings) -> tuple[str, dict[str, str]]:
-    """Resolved precision, and a fingerprint of the content behind every input path."""
+def _identify(settings: Settings) -> tuple[str, dict[str, str], dict[str, Splits]]:
+    """Resolved precision, a fingerprint of the content behind every input path, the tasks' data."""
     if settings.runtime.device == "cuda" and not torch.cuda.is_available():
         raise ExperimentError(
             f"runtime.device=cuda, but torch {torch.__version__} sees no CUDA device: use"
@@ -109,22 +124,26 @@ def _identify(settings: Settings) -> tuple[str, dict[str, str]]:
         )
     resolve_kernel(settings.runtime.relation_kernel, settings.runtime.device)
     precision = resolve_precision(settings.training.precision, settings.runtime.device)
-    return precision, {
-        "teacher": fingerprint_teacher(settings.teacher),
-        "student": _fingerprint_student(settings),
-        "corpus": fingerprint_corpus(settings.corpus),
-    }
+    distils = settings.recipe.name != "finetune"
+    inputs = {"student": _fingerprint_student(settings)}
+    if distils or "teacher" in settings.recipe.models:
+        inputs["teacher"] = fingerprint_teacher(settings.teacher)
+    if distils or "next_passage" in settings.tasks:
+        inputs["corpus"] = fingerprint_corpus(settings.corpus)
+    splits = find_tasks(settings)
+    inputs |= {f"task.{name}": found.fingerprint() for name, found in splits.items()}
+    return precision, inputs, splits
 
 
 def _distil_and_score(
     settings: Settings,
-    precision: str,
     inputs: dict[str, str],
+    splits: dict[str, Splits],
     grid: tuple[int, int],
-    tracker: Tracker,
+    scoring: Scoring,
     result: Result,
 ) -> None:
-    folder = Path(result.folder)
+    folder, tracker, precision = scoring.folder, scoring.tracker, scoring.precision
     tokenizer = load_tokenizer(settings.teacher)
     teacher = load_encoder(settings.teacher)
     student = build_student(
@@ -144,7 +163,7 @@ def _distil_and_score(
             corpus.num_truncated,
             settings.corpus.block_length,
         )
-    tasks = _make_tasks(settings, corpus, tracker)
+    tasks = _load_tasks(settings, splits, corpus, tracker)
 
     layer = settings.layer_selection.teacher_layer
     caches = _open_caches(
@@ -180,15 +199,57 @@ def _distil_and_score(
     tracker.log_figure(loss_curves(tracker.history, list(losses)), "plots/loss.png")
     save_student(student, teacher, tokenizer, folder / "student")
 
-    _measure(settings, teacher, student, corpus, tracker, result)
-    for name, data in tasks.items():
-        for role, encoder in (
-            ("student", student),
-            ("undistilled", undistilled),
-            ("teacher", teacher),
-        ):
-            _score(settings, name, role, encoder, tokenizer, data, precision, tracker, result)
+    encoders = {"student": student, "undistilled": undistilled, "teacher": teacher}
+    models = {role: Model(encoder, tokenizer) for role, encoder in encoders.items()}
+    _measure(settings, models, tracker, result)
+    _score(settings, tasks, models, scoring, result)
     write_model_card(folder / "student", settings, result, _untrained(settings, student))
+
+
+def _score_checkpoint(
+    settings: Settings,
+    inputs: dict[str, str],
+    splits: dict[str, Splits],
+    scoring: Scoring,
+    result: Result,
+) -> None:
+    """Without distilling: the checkpoint of student.path, the teacher, or both."""
+    models = {}
+    if "student" in settings.recipe.models:
+        assert settings.student.path is not None
+        models["student"] = Model(*load_checkpoint(settings.student.path))
+    if "teacher" in settings.recipe.models:
+        models["teacher"] = Model(load_encoder(settings.teacher), load_tokenizer(settings.teacher))
+    corpus = None
+    if "corpus" in inputs:
+        tokenizer = next(iter(models.values())).tokenizer
+        corpus = prepare_corpus(settings, tokenizer, inputs["corpus"])
+    tasks = _load_tasks(settings, splits, corpus, scoring.tracker)
+    _measure(settings, models, scoring.tracker, result)
+    _score(settings, tasks, models, scoring, result)
+
+
+def _score(
+    settings: Settings,
+    tasks: dict[str, TaskData],
+    models: dict[str, Model],
+    scoring: Scoring,
+    result: Result,
+) -> None:
+    """Fine-tunes the models on each task; what is finished is written down at once."""
+    result.num_seeds = settings.task_training.num_seeds if tasks else None
+    for name, data in tasks.items():
+        for role in settings.recipe.models:
+            outcome = scoring.score(name, data, role, models[role])
+            best = outcome.best
+            result.scores_of(role)[name] = best.mean[settings.tasks[name].score]
+            result.metrics.setdefault(role, {})[name] = best.mean
+            if best.spread:
+                result.spreads.setdefault(role, {})[name] = best.spread
+            if len(outcome.cells) > 1:
+                cells = [asdict(cell) for cell in outcome.cells]
+                result.grids.setdefault(role, {})[name] = cells
+            result.write()
 
 
 def _open_caches(
@@ -240,84 +301,60 @@ def _open_caches(
     return caches
 
 
-def _score(
+def _load_tasks(
     settings: Settings,
-    name: str,
-    role: str,
-    encoder: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    data: TaskData,
-    precision: str,
+    splits: dict[str, Splits],
+    corpus: PreparedCorpus | None,
     tracker: Tracker,
-    result: Result,
-) -> None:
-    """Fine-tunes one model on one task; the student's metrics carry no role in their name."""
-    prefix = f"task/{name}" if role == "student" else f"task/{name}/{role}"
-    scored = finetune(
-        encoder,
-        tokenizer,
-        data,
-        settings,
-        precision,
-        f"{role} on {name}",
-        lambda metrics, step: tracker.log_metrics(
-            {f"{prefix}/{metric}": value for metric, value in metrics.items()}, step
-        ),
-    )
-    tracker.log_metrics({f"{prefix}/accuracy": scored.accuracy})
-    lines = ["first\tsecond\tlabel\tprediction"]
-    for example, prediction in zip(data.validation, scored.predictions):
-        lines.append(f"{example.first}\t{example.second}\t{example.label}\t{prediction}")
-    tracker.log_text("\n".join(lines) + "\n", f"predictions/{name}-{role}.tsv")
-    scores = {
-        "student": result.scores,
-        "undistilled": result.undistilled_scores,
-        "teacher": result.teacher_scores,
-    }
-    scores[role][name] = scored.accuracy
-
-
-def _make_tasks(
-    settings: Settings, corpus: PreparedCorpus, tracker: Tracker
 ) -> dict[str, TaskData]:
-    """The data of every task, made before distilling so that a mistake costs nothing."""
-    tasks = {}
-    if settings.tasks.next_passage is not None:
-        tasks["next_passage"] = make_next_passage(
-            corpus.held_out_documents(), settings.tasks.next_passage
-        )
+    documents = [] if corpus is None else corpus.held_out_documents()
+    tasks = load_tasks(settings, splits, documents)
     for name, data in tasks.items():
-        tracker.log_dataset(name, fingerprint_text(repr(data)), str(corpus.folder), "evaluation")
+        source = str(splits[name].train if name in splits else corpus and corpus.folder)
+        tracker.log_dataset(name, fingerprint_text(data.fingerprint), source, "evaluation")
+        sizes = {"train": data.train} | {
+            f"validation_{part}".rstrip("_"): part_data
+            for part, part_data in data.validation.items()
+        }
         tracker.log_metrics(
-            {
-                f"task/{name}/num_train": len(data.train),
-                f"task/{name}/num_validation": len(data.validation),
-            }
+            {f"task/{name}/num_{part}": len(examples) for part, examples in sizes.items()}
         )
     return tasks
 
 
 def _measure(
-    settings: Settings,
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    corpus: PreparedCorpus,
-    tracker: Tracker,
-    result: Result,
+    settings: Settings, models: dict[str, Model], tracker: Tracker, result: Result
 ) -> None:
-    ids = torch.from_numpy(
-        corpus.validation.ids[: 16 * settings.corpus.block_length].astype("int64")
-    )
-    length = min(settings.corpus.block_length, len(ids))
-    input_ids = ids[: len(ids) // length * length].view(-1, length).to(settings.runtime.device)
-    result.speedup = measure_speedup(teacher, student, input_ids)
-    result.num_parameters, result.num_layer_parameters = count_parameters(student)
-    result.teacher_num_parameters, result.teacher_num_layer_parameters = count_parameters(teacher)
+    """Sizes of the models, and the speed of the student beside the baseline."""
+    counts = {
+        role: count_parameters(model.encoder)
+        for role, model in models.items()
+        if role != "undistilled"
+    }
+    baseline = settings.baseline
+    measured = models["student" if "student" in models else "teacher"].encoder
+    if baseline.name != "teacher":
+        other = random_encoder(baseline, None)
+        counts["baseline"] = count_parameters(other)
+    elif "teacher" in models and "student" in models:
+        other = models["teacher"].encoder
+    else:
+        other = None
+    if other is not None:
+        result.baseline = settings.teacher.name if baseline.name == "teacher" else baseline.name
+        result.speedup = measure_speedup(
+            other, measured, baseline.num_batches, baseline.batch_size, settings.runtime.device
+        )
+        tracker.log_metrics({"model/speedup": result.speedup})
+        tracker.set_tags({"baseline": result.baseline})
+    result.parameters = {role: asdict(count) for role, count in counts.items()}
+    own = counts.get("student", counts.get("teacher"))
+    assert own is not None
     tracker.log_metrics(
         {
-            "model/speedup": result.speedup,
-            "model/params": result.num_parameters,
-            "model/params_transformer": result.num_layer_parameters,
+            "model/params": own.total,
+            "model/params_embedding": own.embedding,
+            "model/params_transformer": own.transformer,
         }
     )
 
@@ -329,11 +366,20 @@ def _start(settings: Settings, left: Result | None, interrupted: list[str]) -> T
         settings.outputs,
         run_name(settings),
         left.run_id if left is not None and settings.resume else None,
+        _distillation_run(settings),
     )
     for run_id in interrupted:
         if run_id != tracker.run_id:
             end_interrupted(settings.tracking.uri, run_id)
     return tracker
+
+
+def _distillation_run(settings: Settings) -> str | None:
+    """The run that made the checkpoint which is only fine-tuned here."""
+    if settings.recipe.name != "finetune" or settings.student.path is None:
+        return None
+    made_by = read_result(Path(settings.student.path).expanduser().parent)
+    return None if made_by is None else made_by.run_id
 
 
 def _record_unstarted(settings: Settings, error: ExperimentError) -> None:
@@ -349,14 +395,18 @@ def _record_unstarted(settings: Settings, error: ExperimentError) -> None:
 
 def _params(settings: Settings) -> dict[str, Any]:
     """What tells runs apart, by short names for the columns of the UI, then every setting."""
-    short = {
-        "teacher": settings.teacher.name,
-        "student": settings.student_name,
-        "relations": settings.relation_set.name,
-        "num_relation_heads": settings.relation_set.num_relation_heads,
-        "teacher_layer": settings.layer_selection.teacher_layer,
-    }
-    left_out = ("runtime", "tracking", "outputs_dir", "resume", "rerun", "profile")
+    short: dict[str, Any] = {"tasks": ",".join(settings.tasks), "recipe": settings.recipe.name}
+    if settings.recipe.name != "finetune":
+        short |= {
+            "teacher": settings.teacher.name,
+            "student": settings.student_name,
+            "relations": settings.relation_set.name,
+            "num_relation_heads": settings.relation_set.num_relation_heads,
+            "teacher_layer": settings.layer_selection.teacher_layer,
+        }
+    left_out = {"runtime", "tracking", "outputs_dir", "data_root", "resume", "rerun", "profile"}
+    # Fine-tunings name their own settings.
+    left_out.add("task_training")
     return short | {
         name: value
         for name, value in flatten(settings).items()
@@ -404,7 +454,8 @@ def _finish(tracker: Tracker, result: Result) -> None:
     folder = Path(result.folder)
     if result.score is not None:
         tracker.log_metrics({"score": result.score})
-    tracker.log_artifact(folder / "student")
+    if (folder / "student").is_dir():
+        tracker.log_artifact(folder / "student")
     if (folder / "profile").is_dir():
         tracker.log_artifact(folder / "profile")
     result.status = "FINISHED"
@@ -418,15 +469,11 @@ def _record_failure(tracker: Tracker, result: Result, error: BaseException) -> N
     """Best effort: a full disk or a lost server must not hide the error itself."""
     result.status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
     result.error = redact(f"{type(error).__name__}: {error}")
-    for record in (
-        result.write,
-        lambda: tracker.set_tags({"error": str(result.error)}),
-        lambda: tracker.finish(result.status),
-    ):
-        try:
-            record()
-        except Exception as also:
-            _log.warning("the failure could not be recorded: %s", redact(str(also))[:300])
+    try:
+        result.write()
+    except Exception as also:
+        _log.warning("the failure could not be recorded: %s", redact(str(also))[:300])
+    tracker.fail(error)
 
 
 def _untrained(settings: Settings, student: PreTrainedModel) -> list[str]:

@@ -18,7 +18,7 @@ from minilm_exp.precision import teacher_dtype
 from minilm_exp.settings import Settings, as_dict
 
 # Raised by every change that CHANGELOG.md declares "changes results".
-RESULTS_VERSION = 2
+RESULTS_VERSION = 3
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -39,8 +39,11 @@ def run_key(settings: Settings, precision: str, fingerprints: dict[str, str]) ->
         fingerprints: Of the content behind every input path.
     """
     plain = as_dict(settings)
-    for name in ("runtime", "tracking", "outputs_dir", "resume", "rerun", "profile"):
+    for name in ("runtime", "tracking", "outputs_dir", "data_root", "resume", "rerun", "profile"):
         del plain[name]
+    for task in plain["tasks"].values():
+        for name in ("data", "train_data", "files"):
+            task.pop(name, None)
     for group, names in {
         "teacher": ("name", "path", "hub_id", "revision", "package"),
         "student": ("path", "config"),
@@ -52,6 +55,12 @@ def run_key(settings: Settings, precision: str, fingerprints: dict[str, str]) ->
         del plain["training"][name]
     plain["training"]["precision"] = precision
     plain["teacher_dtype"] = str(teacher_dtype(precision, settings.runtime.teacher_cache))
+    if settings.recipe.name == "finetune":
+        unused = ["relation_set", "layer_selection", "teacher_dtype", "training"]
+        unused += [group for group in ("teacher", "corpus") if group not in fingerprints]
+        for group in unused:
+            del plain[group]
+        plain["precision"] = precision
     plain["inputs"] = fingerprints
     plain["results_version"] = RESULTS_VERSION
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

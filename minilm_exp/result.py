@@ -5,11 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass
 class Result:
-    """Measured values of one run; what was not computed is absent, never zero."""
+    """Measured values of one run; what was not computed is absent, never zero.
+
+    Attributes:
+        scores: Of the student, the value that stands for each task; `undistilled_scores` and
+            `teacher_scores` likewise.
+        metrics: Every metric by model and task, the mean over fine-tuning seeds.
+        spreads: Their standard deviations, where there are several seeds.
+        num_seeds: Fine-tunings of each model on each task.
+        grids: By model and task every cell of a search, not only the best.
+    """
 
     run_id: str
     run_key: str
@@ -19,21 +29,35 @@ class Result:
     scores: dict[str, float] = field(default_factory=dict)
     undistilled_scores: dict[str, float] = field(default_factory=dict)
     teacher_scores: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    spreads: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    grids: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
+    num_seeds: int | None = None
     validation_relation_loss: float | None = None
     validation_relation_losses: dict[str, float] = field(default_factory=dict)
+    baseline: str | None = None
     speedup: float | None = None
-    num_parameters: int | None = None
-    num_layer_parameters: int | None = None
-    teacher_num_parameters: int | None = None
-    teacher_num_layer_parameters: int | None = None
+    parameters: dict[str, dict[str, int]] = field(default_factory=dict)
     elapsed_seconds: float | None = None
     error: str | None = None
 
+    def scores_of(self, role: str) -> dict[str, float]:
+        """The scores of a model by task: student, undistilled or teacher."""
+        return {
+            "student": self.scores,
+            "undistilled": self.undistilled_scores,
+            "teacher": self.teacher_scores,
+        }[role]
+
     @property
     def score(self) -> float | None:
-        """What a sweep maximises: the mean score, or minus the relation loss without tasks."""
-        if self.scores:
-            return sum(self.scores.values()) / len(self.scores)
+        """What a sweep maximises: the mean score, or minus the relation loss without tasks.
+
+        Of the student; where only the teacher was scored, of the teacher.
+        """
+        scores = self.scores or self.teacher_scores
+        if scores:
+            return sum(scores.values()) / len(scores)
         if self.validation_relation_loss is not None:
             return -self.validation_relation_loss
         return None

@@ -20,20 +20,28 @@ _log = logging.getLogger(__name__)
 
 
 def run_name(settings: Settings) -> str:
-    """Teacher, student, relations and seed, fit for a folder."""
-    name = (
-        f"{settings.teacher.name}-{settings.student_name}-{settings.relation_set.name}"
-        f"-seed{settings.seed}"
-    )
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+    """What the run is about and its seed, fit for a folder."""
+    if settings.recipe.name == "finetune":
+        path = Path(settings.student.path or "")
+        student = path.parent.name if path.name == "student" else path.name
+        models = {"student": student, "teacher": settings.teacher.name}
+        names = [models[role][:60] for role in settings.recipe.models] + [*settings.tasks][:3]
+        name = "finetune-" + "-".join(names)
+    else:
+        name = f"{settings.teacher.name}-{settings.student_name}-{settings.relation_set.name}"
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{name}-seed{settings.seed}")
 
 
 def finished_run(settings: Settings, key: str) -> Result | None:
-    """The finished run of this key whose student is still there, or None."""
+    """The finished run of this key whose student or fine-tuned models are still there, or None."""
+    if settings.recipe.name != "finetune":
+        needed = "student/config.json"
+    else:
+        needed = "models" if settings.recipe.keep_models else "predictions"
     for folder in _folders(settings, key):
         result = read_result(folder)
         if result is not None and result.status == "FINISHED" and result.run_key == key:
-            if (folder / "student" / "config.json").is_file():
+            if (folder / needed).exists():
                 return result
     return None
 

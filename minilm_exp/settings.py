@@ -19,7 +19,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from minilm_exp.errors import ExperimentError
+from minilm_exp.task_settings import (
+    TaskTraining,
+    check_tasks,
+    parse_tasks,
+)
 from minilm_exp.teacher_facts import read_facts
+
+# The models that a run can fine-tune; the second is the student before it was distilled.
+ROLES = ("student", "undistilled", "teacher")
 
 STATE_LETTERS = {"q": "query", "k": "key", "v": "value"}
 
@@ -48,11 +56,16 @@ class Teacher:
 
     @property
     def max_tokens(self) -> int:
-        """Longest sequence; RoBERTa-like models number positions from their padding id + 1."""
-        offset = 2 if self.model_type in _POSITIONS_FROM_PADDING else 0
-        return self.max_position_embeddings - offset
+        """Longest sequence."""
+        return max_tokens(self.model_type, self.max_position_embeddings)
 
 
+def max_tokens(model_type: str, max_position_embeddings: int) -> int:
+    """Longest sequence of an architecture with so many positions."""
+    return max_position_embeddings - (2 if model_type in _POSITIONS_FROM_PADDING else 0)
+
+
+# These number positions from their padding id + 1.
 _POSITIONS_FROM_PADDING = {"roberta", "xlm-roberta", "camembert", "data2vec-text", "mpnet"}
 
 
@@ -121,41 +134,41 @@ class Corpus:
 
 
 @dataclass
-class NextPassage:
-    """The task that is made from the corpus itself."""
-
-    version: int
-    num_train: int
-    num_validation: int
-    passage_characters: int
-
-
-@dataclass
-class Tasks:
-    """Downstream tasks of the run; those left at null are not run."""
-
-    next_passage: Optional[NextPassage] = None
-
-
-@dataclass
-class TaskTraining:
-    """Fine-tuning on a downstream task."""
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    warmup_ratio: float
-    weight_decay: float
-    hidden_dropout: float
-    attention_dropout: float
-    max_length: int
-
-
-@dataclass
 class Recipe:
-    """What the run does."""
+    """What the run does.
+
+    Attributes:
+        name: task_agnostic, finetune or prepare_corpus.
+        models: Which models are fine-tuned on the tasks.
+        keep_models: Whether the fine-tuned model that validates best stays in the run folder.
+    """
 
     name: str
+    models: list[str]
+    keep_models: bool
+
+
+@dataclass
+class Baseline:
+    """The model beside which the student's speed is measured; its weights do not matter.
+
+    Attributes:
+        name: `teacher`, or a name for the shape that follows.
+        model_type: The architecture; this and the sizes are null for the teacher.
+        num_batches: Batches that both models read in turn.
+        batch_size: Sequences of a batch.
+    """
+
+    name: str
+    num_batches: int
+    batch_size: int
+    model_type: Optional[str]
+    vocab_size: Optional[int]
+    num_layers: Optional[int]
+    hidden_size: Optional[int]
+    num_attention_heads: Optional[int]
+    intermediate_size: Optional[int]
+    max_position_embeddings: Optional[int]
 
 
 @dataclass
@@ -217,12 +230,14 @@ class Settings:
     training: Training
     runtime: Runtime
     tracking: Tracking
+    baseline: Baseline
     seed: int
+    data_root: Optional[str]
     outputs_dir: str
     resume: bool
     rerun: bool
     profile: bool
-    tasks: Tasks = field(default_factory=Tasks)
+    tasks: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -266,11 +281,47 @@ def parse(
     assert isinstance(settings, Settings)
     settings.notes.extend(notes)
     settings.runtime.teacher_cache = settings.runtime.teacher_cache.lower()  # YAML's true and false
-    _check_student(settings, student_facts)
-    for check in (_check_values, _check_relations, _check_corpus, _check_files):
-        check(settings)
+    settings.tasks = parse_tasks(settings.tasks)
+    if settings.data_root is not None:
+        settings.data_root = os.path.abspath(os.path.expanduser(settings.data_root))
+    _check_values(settings)
+    if settings.recipe.name == "finetune":
+        _check_finetune(settings)
+    else:
+        _check_student(settings, student_facts)
+        _check_relations(settings)
+    if settings.recipe.name != "finetune" or "next_passage" in settings.tasks:
+        _check_corpus(settings)
+    check_tasks(settings.tasks, settings.task_training, _max_tokens(settings, student_facts))
     _resolve_init(settings)
     return settings
+
+
+def _max_tokens(settings: Settings, student_facts: dict[str, Any] | None) -> int | None:
+    """Positions of every model that is fine-tuned."""
+    longest = []
+    if settings.recipe.name != "finetune" or "teacher" in settings.recipe.models:
+        longest.append(settings.teacher.max_tokens)
+    if student_facts is not None:
+        longest.append(
+            max_tokens(student_facts["model_type"], student_facts["max_position_embeddings"])
+        )
+    return min(longest, default=None)
+
+
+def _check_finetune(settings: Settings) -> None:
+    if not settings.tasks:
+        raise ExperimentError("recipe=finetune needs a task: add task=NAME (see --help)")
+    if "student" in settings.recipe.models and settings.student.path is None:
+        raise ExperimentError(
+            "recipe=finetune needs the checkpoint: add student.path=FOLDER; for the teacher itself"
+            " recipe.models=[teacher]"
+        )
+    if "undistilled" in settings.recipe.models:
+        raise ExperimentError(
+            "recipe.models=[undistilled]: a checkpoint has no start to compare with; give its"
+            " folder as student.path"
+        )
 
 
 def _resolve_init(settings: Settings) -> None:
@@ -382,12 +433,11 @@ def _check_student(settings: Settings, facts: dict[str, Any] | None) -> None:
             f"the student of {source} is a {facts['model_type']}, the teacher a"
             f" {teacher.model_type}; a student has its teacher's architecture"
         )
-    longest = max(settings.corpus.block_length, settings.task_training.max_length)
-    offset = teacher.max_position_embeddings - teacher.max_tokens
-    if facts["max_position_embeddings"] - offset < longest:
+    longest = settings.corpus.block_length
+    if max_tokens(facts["model_type"], facts["max_position_embeddings"]) < longest:
         raise ExperimentError(
             f"the student of {source} has {facts['max_position_embeddings']} positions, too few"
-            f" for {longest} tokens; lower corpus.block_length and task_training.max_length"
+            f" for {longest} tokens; lower corpus.block_length"
         )
 
 
@@ -397,7 +447,8 @@ def _check_values(settings: Settings) -> None:
         ("teacher.weights", settings.teacher.weights, ("pretrained", "random")),
         ("student.init", student.init, ("random", "teacher_layers", "auto")),
         ("corpus.split", settings.corpus.split, ("document", "sentence")),
-        ("recipe", settings.recipe.name, ("task_agnostic", "prepare_corpus")),
+        ("recipe", settings.recipe.name, ("task_agnostic", "finetune", "prepare_corpus")),
+        *(("recipe.models", name, ROLES) for name in settings.recipe.models),
         ("training.precision", training.precision, ("auto", "fp32", "bf16")),
         ("runtime.teacher_cache", runtime.teacher_cache, ("auto", "true", "false")),
         ("runtime.relation_kernel", runtime.relation_kernel, ("auto", "block", "triton")),
@@ -426,9 +477,6 @@ def _check_values(settings: Settings) -> None:
             for name in names
         },
     }
-    if settings.tasks.next_passage is not None:
-        for name, value in vars(settings.tasks.next_passage).items():
-            positive[f"tasks.next_passage.{name}"] = value
     for name, number in positive.items():
         if number is not None and not (number > 0 and math.isfinite(number)):
             raise ExperimentError(f"{name}={number} must be a finite number above 0")
@@ -437,9 +485,6 @@ def _check_values(settings: Settings) -> None:
         "training.attention_dropout": training.attention_dropout,
         "training.adam_beta1": training.adam_beta1,
         "training.adam_beta2": training.adam_beta2,
-        "task_training.hidden_dropout": settings.task_training.hidden_dropout,
-        "task_training.attention_dropout": settings.task_training.attention_dropout,
-        "task_training.warmup_ratio": settings.task_training.warmup_ratio,
     }
     for name, number in fractions.items():
         if not 0 <= number < 1:
@@ -448,7 +493,6 @@ def _check_values(settings: Settings) -> None:
         "seed": settings.seed,
         "training.warmup_steps": training.warmup_steps,
         "training.weight_decay": training.weight_decay,
-        "task_training.weight_decay": settings.task_training.weight_decay,
         "runtime.num_workers": runtime.num_workers,
     }
     for name, number in not_negative.items():
@@ -492,7 +536,7 @@ _POSITIVE = {
         "checkpoint_steps",
         "keep_checkpoints",
     ],
-    "task_training": ["epochs", "batch_size", "learning_rate", "max_length"],
+    "baseline": ["num_batches", "batch_size"],
 }
 
 
@@ -546,11 +590,6 @@ def _check_corpus(settings: Settings) -> None:
             f"corpus.block_length={corpus.block_length} must be from 8 to the teacher's"
             f" {teacher.max_tokens} positions"
         )
-    if settings.task_training.max_length > teacher.max_tokens:
-        raise ExperimentError(
-            f"task_training.max_length={settings.task_training.max_length} is above the teacher's"
-            f" {teacher.max_tokens} positions"
-        )
     if not 0 < corpus.held_out_fraction < 1:
         raise ExperimentError(
             f"corpus.held_out_fraction={corpus.held_out_fraction} must be between 0 and 1"
@@ -567,15 +606,12 @@ def _check_corpus(settings: Settings) -> None:
         raise ExperimentError("corpus.split=sentence needs text; pretokenized input has none")
     if (
         corpus.pretokenized
-        and settings.tasks.next_passage is not None
-        and settings.recipe.name == "task_agnostic"
+        and "next_passage" in settings.tasks
+        and settings.recipe.name != "prepare_corpus"
     ):
         raise ExperimentError(
             "task=next_passage is made from text; pretokenized input has none: set task=none"
         )
-
-
-def _check_files(settings: Settings) -> None:
     for pattern in settings.corpus.files:
         if not matching_files(pattern):
             raise ExperimentError(

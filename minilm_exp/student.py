@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -114,11 +115,23 @@ def untrained_parameters(tap: QKVTap, pairs: list[Pair]) -> list[str]:
     return [name for name, gradient in zip(parameters, gradients) if gradient is None]
 
 
-def count_parameters(encoder: PreTrainedModel) -> tuple[int, int]:
-    """Parameters of an encoder without its pooler, and those of its Transformer layers alone.
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of an encoder without its pooler, as MiniLM's Table 4 counts them.
 
-    The second number is the papers' "Trm" column (MiniLM, Table 4).
+    Attributes:
+        total: All.
+        embedding: Of the token embeddings alone, the column "Emd".
+        transformer: Of the Transformer layers, the column "Trm".
     """
+
+    total: int
+    embedding: int
+    transformer: int
+
+
+def count_parameters(encoder: PreTrainedModel) -> ParameterCounts:
+    """Counts the parameters of an encoder."""
     total = sum(
         parameter.numel() for name, parameter in encoder.named_parameters() if "pooler" not in name
     )
@@ -126,7 +139,11 @@ def count_parameters(encoder: PreTrainedModel) -> tuple[int, int]:
         layers: nn.Module = layers_of(encoder)
     except ExperimentError:
         layers = getattr(encoder, "encoder", encoder)
-    return total, sum(parameter.numel() for parameter in layers.parameters())
+    return ParameterCounts(
+        total=total,
+        embedding=sum(p.numel() for p in encoder.get_input_embeddings().parameters()),
+        transformer=sum(p.numel() for p in layers.parameters()),
+    )
 
 
 def _shaped_config(
@@ -219,31 +236,53 @@ def _copy_teacher_layers(
         ) from error
 
 
+def load_checkpoint(
+    path: str, dropout: tuple[float, float] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The encoder and tokenizer of a folder; a task head in it is left out.
+
+    Args:
+        path: The folder.
+        dropout: Probabilities for hidden states and attention, instead of the checkpoint's.
+
+    Raises:
+        ExperimentError: They cannot be loaded.
+    """
+    folder = Path(path).expanduser()
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if dropout is not None:
+            set_dropout(config, *dropout)
+        encoder = load_whole_encoder(folder, config)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except ExperimentError:
+        raise
+    except Exception as error:  # files can be wrong in as many ways as there are loaders
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExperimentError(f"student.path: {folder} cannot be loaded: {reason}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ExperimentError(
+            f"student.path: {folder} has no fast tokenizer (tokenizer.json); convert it with"
+            " transformers first"
+        )
+    return encoder, tokenizer
+
+
 def _load(
     path: str,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     dropout: tuple[float, float],
 ) -> PreTrainedModel:
-    folder = Path(path).expanduser()
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        set_dropout(config, *dropout)
-        encoder = load_whole_encoder(folder, config)
-        vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
-    except ExperimentError:
-        raise
-    except Exception as error:  # files can be wrong in as many ways as there are loaders
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ExperimentError(f"student.path: {folder} cannot be loaded: {reason}") from error
-    if vocabulary != tokenizer.get_vocab():
+    encoder, own_tokenizer = load_checkpoint(path, dropout)
+    if own_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ExperimentError(
-            f"student.path: the tokenizer of {folder} has another vocabulary than the teacher's;"
+            f"student.path: the tokenizer of {path} has another vocabulary than the teacher's;"
             " relations need the same tokens on both sides"
         )
     if type(encoder) is not type(teacher):
         raise ExperimentError(
-            f"student.path: {folder} is a {type(encoder).__name__}, the teacher a"
+            f"student.path: {path} is a {type(encoder).__name__}, the teacher a"
             f" {type(teacher).__name__}; a student has its teacher's architecture"
         )
     return encoder

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,53 +15,45 @@ from minilm_exp.settings import Settings
 
 
 def print_summary(settings: Settings, result: Result) -> None:
-    """Teacher, student and the same student not distilled, as measured in this run."""
-    console = Console(width=max(Console().width, 110), markup=False)
+    """The models of this run as measured, and every cell of a search."""
+    tasks = list(dict.fromkeys(task for role in _ROLES for task in result.scores_of(role)))
+    console = Console(width=max(Console().width, 95 + 16 * len(tasks)), markup=False)
+    distilled = result.validation_relation_loss is not None
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("model")
-    for heading in ("layers x hidden", "params (no emb.)", "speedup", "relation loss"):
+    headings = ["layers x hidden", "params (no emb.)", "speedup"]
+    headings += ["relation loss"] if distilled else []
+    for heading in (*headings, *tasks, *(["mean"] if len(tasks) > 1 else [])):
         table.add_column(heading, justify="right")
-    tasks = list(result.scores)
-    for task in tasks:
-        table.add_column(task, justify="right")
-    teacher, student = settings.teacher, settings.student
-    student_shape = f"{student.num_layers} x {student.hidden_size}"
-    student_size = _size(result.num_parameters, result.num_layer_parameters)
-    speedup = f"x{result.speedup:.1f}" if result.speedup is not None else "-"
-    loss = result.validation_relation_loss
-    rows = [
-        (
-            f"teacher  {teacher.name}",
-            f"{teacher.num_layers} x {teacher.hidden_size}",
-            _size(result.teacher_num_parameters, result.teacher_num_layer_parameters),
-            "x1.0",
-            "-",
-            result.teacher_scores,
-        ),
-        (
-            "student  distilled",
-            student_shape,
-            student_size,
-            speedup,
-            f"{loss:.4f}" if loss is not None else "-",
-            result.scores,
-        ),
-    ]
-    if tasks:
-        rows.append(
-            (
-                "student  same, not distilled",
-                student_shape,
-                student_size,
-                speedup,
-                "-",
-                result.undistilled_scores,
-            )
+    for role in ("teacher", "student", "undistilled"):
+        scores = result.scores_of(role)
+        if not scores and (role == "undistilled" or role not in result.parameters):
+            continue
+        table.add_row(
+            _label(settings, role, distilled),
+            _shape(settings, role),
+            _size(result.parameters.get("teacher" if role == "teacher" else "student")),
+            _speedup(settings, result, role),
+            *([_loss(result) if role == "student" else "-"] * distilled),
+            *(_score(settings, result, role, task) for task in tasks),
+            *([f"{statistics.fmean(scores.values()):.3f}" if scores else "-"] * (len(tasks) > 1)),
         )
-    for *cells, scores in rows:
-        table.add_row(*cells, *(f"{scores[t]:.3f}" if t in scores else "-" for t in tasks))
+    if "baseline" in result.parameters:
+        baseline = settings.baseline
+        table.add_row(
+            f"baseline {baseline.name}",
+            f"{baseline.num_layers} x {baseline.hidden_size}",
+            _size(result.parameters["baseline"]),
+            "x1.0",
+        )
     console.print()
     console.print(table)
+    for role, grids in result.grids.items():
+        for task, cells in grids.items():
+            console.print(f"\nsearch: {role} on {task}")
+            console.print(_grid(settings.tasks[task].selected_by, cells))
+    if any(result.spreads.values()):
+        console.print(f"mean ± standard deviation over {result.num_seeds} fine-tuning seeds")
     if not result.meaningful:
         console.print("not meaningful: the teacher had random weights (teacher.weights=random)")
     console.print(f"\nrun folder  {result.folder}", soft_wrap=True)
@@ -67,6 +62,55 @@ def print_summary(settings: Settings, result: Result) -> None:
         console.print(
             f"compare     mlflow ui --backend-store-uri {settings.tracking.uri}", soft_wrap=True
         )
+
+
+def _label(settings: Settings, role: str, distilled: bool) -> str:
+    if role == "teacher":
+        return f"teacher  {settings.teacher.name}"
+    if not distilled:
+        return f"student  {Path(settings.student.path or '').name}"
+    return "student  distilled" if role == "student" else "student  same, not distilled"
+
+
+def _shape(settings: Settings, role: str) -> str:
+    model = settings.teacher if role == "teacher" else settings.student
+    return f"{model.num_layers} x {model.hidden_size}"
+
+
+def _speedup(settings: Settings, result: Result, role: str) -> str:
+    """Over the baseline; measured for the student, or for the teacher where it is alone."""
+    if result.speedup is None:
+        return "-"
+    if role != "teacher" or "student" not in result.parameters:
+        return f"x{result.speedup:.1f}"
+    return "x1.0" if settings.baseline.name == "teacher" else "-"
+
+
+def _loss(result: Result) -> str:
+    loss = result.validation_relation_loss
+    return "-" if loss is None else f"{loss:.4f}"
+
+
+def _score(settings: Settings, result: Result, role: str, task: str) -> str:
+    scores = result.scores_of(role)
+    if task not in scores:
+        return "-"
+    spread = result.spreads.get(role, {}).get(task, {}).get(settings.tasks[task].score)
+    return f"{scores[task]:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+
+
+def _grid(metric: str, cells: list[dict[str, Any]]) -> Table:
+    """Cells of a search, the best first."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in (*cells[0]["settings"], metric):
+        table.add_column(name, justify="right")
+    for cell in sorted(cells, key=lambda cell: -cell["mean"].get(metric, -math.inf)):
+        spread = cell["spread"].get(metric)
+        value = cell["error"] or f"{cell['mean'][metric]:.4f}" + (
+            "" if spread is None else f" ± {spread:.4f}"
+        )
+        table.add_row(*(f"{setting:g}" for setting in cell["settings"].values()), value)
+    return table
 
 
 def print_comparison(outcomes: list[tuple[list[str], Result]]) -> None:
@@ -82,25 +126,27 @@ def print_comparison(outcomes: list[tuple[list[str], Result]]) -> None:
         groups.setdefault(" ".join(differing), []).append(result)
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("run")
-    tasks = list(dict.fromkeys(task for _, result in outcomes for task in result.scores))
-    for heading in ("seeds", "relation loss", *(f"{t}{s}" for t in tasks for s in _ROLES)):
+    columns = [
+        (task, role)
+        for task in dict.fromkeys(
+            task for _, result in outcomes for role in _ROLES for task in result.scores_of(role)
+        )
+        for role in _ROLES
+        if any(task in result.scores_of(role) for _, result in outcomes)
+    ]
+    for heading in ("seeds", "relation loss", *(f"{t} {_ROLES[role]}" for t, role in columns)):
         table.add_column(heading, justify="right")
     for label, results in groups.items():
         cells = [_mean([result.validation_relation_loss for result in results], 4)]
-        for task in tasks:
-            for role in _ROLES.values():
-                cells.append(_mean([getattr(result, role).get(task) for result in results], 3))
+        for task, role in columns:
+            cells.append(_mean([result.scores_of(role).get(task) for result in results], 3))
         table.add_row(label or "default", str(len(results)), *cells)
     console = Console(width=max(Console().width, 140), markup=False)
     console.print("\nmean ± standard deviation over seeds")
     console.print(table)
 
 
-_ROLES = {
-    " distilled": "scores",
-    " not distilled": "undistilled_scores",
-    " teacher": "teacher_scores",
-}
+_ROLES = {"student": "student", "undistilled": "not distilled", "teacher": "teacher"}
 
 
 def _mean(values: list[float | None], digits: int) -> str:
@@ -111,7 +157,7 @@ def _mean(values: list[float | None], digits: int) -> str:
     return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean
 
 
-def _size(total: int | None, layers: int | None) -> str:
-    if total is None or layers is None:
+def _size(parameters: dict[str, int] | None) -> str:
+    if parameters is None:
         return "-"
-    return f"{total / 1e6:.1f}M ({layers / 1e6:.1f}M)"
+    return f"{parameters['total'] / 1e6:.1f}M ({parameters['transformer'] / 1e6:.1f}M)"

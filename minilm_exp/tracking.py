@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -15,13 +16,15 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.redaction import redact
 
+_log = logging.getLogger(__name__)
 _MAX_TAG_LENGTH = 5000
 _MAX_PARAM_LENGTH = 6000
 
@@ -49,6 +52,15 @@ class Tracker:
         """Steps and values of a metric so far."""
         metrics = self._client.get_metric_history(self.run_id, name)
         return sorted((metric.step, metric.value) for metric in metrics)
+
+    def child(self, name: str, tags: dict[str, str]) -> Tracker:
+        """Starts a run that MLflow shows below this one."""
+        experiment_id = self._client.get_run(self.run_id).info.experiment_id
+        parent = {MLFLOW_PARENT_RUN_ID: self.run_id}
+        run = self._client.create_run(experiment_id, run_name=name, tags=parent)
+        child = Tracker(self._client, run.info.run_id, resumed=False)
+        child.set_tags(tags)
+        return child
 
     def _last_step(self, name: str) -> int:
         if name not in self._last_steps:
@@ -95,6 +107,16 @@ class Tracker:
         """Ends the run: FINISHED, FAILED or KILLED."""
         self._client.set_terminated(self.run_id, status)
 
+    def fail(self, error: BaseException) -> None:
+        """Ends the run as FAILED, or KILLED by the user; a lost store must not hide the error."""
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        reason = redact(f"{type(error).__name__}: {error}")
+        for record in (lambda: self.set_tags({"error": reason}), lambda: self.finish(status)):
+            try:
+                record()
+            except Exception as also:
+                _log.warning("the failure could not be recorded: %s", redact(str(also))[:300])
+
 
 def start_tracking(
     uri: str,
@@ -102,8 +124,11 @@ def start_tracking(
     outputs: Path,
     run_name: str,
     run_id: str | None = None,
+    parent_id: str | None = None,
 ) -> Tracker:
     """Opens the store and starts a run, or goes on with the run of the given id.
+
+    With `parent_id` the new run stands below that one, if the store has it.
 
     Raises:
         ExperimentError: The store cannot be reached.
@@ -124,9 +149,14 @@ def start_tracking(
                     artifact_location=None if served else (outputs / "artifacts").as_uri(),
                 )
         if run_id is not None and _exists(client, run_id):
+            end_interrupted(uri, run_id)
             client.update_run(run_id, status="RUNNING")
             return Tracker(client, run_id, resumed=True)
-        run_id = client.create_run(experiment_id, run_name=run_name).info.run_id
+        tags = {}
+        if parent_id is not None and _exists(client, parent_id):
+            tags[MLFLOW_PARENT_RUN_ID] = parent_id
+            experiment_id = client.get_run(parent_id).info.experiment_id
+        run_id = client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id
         return Tracker(client, run_id, resumed=False)
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -146,7 +176,16 @@ def _exists(client: MlflowClient, run_id: str) -> bool:
 
 
 def end_interrupted(uri: str, run_id: str) -> None:
-    """Marks a run as KILLED that a process left behind when it was killed."""
+    """Marks a run, and runs below it, as KILLED that a process left behind when it was killed."""
     client = MlflowClient(tracking_uri=uri)
-    if _exists(client, run_id) and client.get_run(run_id).info.status == "RUNNING":
-        client.set_terminated(run_id, "KILLED")
+    if not _exists(client, run_id):
+        return
+    run = client.get_run(run_id)
+    for left in [run, *_children(client, run)]:
+        if left.info.status == "RUNNING":
+            client.set_terminated(left.info.run_id, "KILLED")
+
+
+def _children(client: MlflowClient, run: Run) -> list[Run]:
+    below = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run.info.run_id}'"
+    return list(client.search_runs([run.info.experiment_id], below))

@@ -1,22 +1,50 @@
-"""What a task hands to fine-tuning."""
+"""What a task hands to fine-tuning: tables with the same columns for every data set."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from datasets import Dataset
+
 
 @dataclass(frozen=True)
-class Example:
-    """Two texts and a class."""
+class Examples:
+    """Examples of one split.
 
-    first: str
-    second: str
-    label: int
+    Classification and regression have the columns `first`, `second` (of pairs) and `label`; spans
+    have `id`, `question`, `context` and `answers`, as SQuAD has on the hub.
+    """
+
+    rows: Dataset
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def at_most(self, number: int | None) -> Examples:
+        """So many examples at even distances, or all."""
+        if number is None or number >= len(self):
+            return self
+        chosen = [index * len(self) // number for index in range(number)]
+        return Examples(self.rows.select(chosen), f"{self.fingerprint} {number}")
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """Examples to train on and to score on; no document is in both."""
+    """Examples to train on and to score on.
 
-    train: list[Example]
-    validation: list[Example]
+    The parts to score on are named by their split's suffix (matched) or their language; the only
+    one of a task has the name "". `label_names` are those of a task whose labels are names.
+    """
+
+    train: Examples
+    validation: dict[str, Examples]
+    test: dict[str, Examples]
+    num_labels: int
+    label_names: list[str] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the content of all parts."""
+        parts = [self.train, *self.validation.values(), *self.test.values()]
+        return " ".join(part.fingerprint for part in parts)

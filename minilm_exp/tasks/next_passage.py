@@ -6,11 +6,13 @@ import itertools
 import random
 
 import xxhash
+from datasets import Dataset
 
 from minilm_exp.documents import sentences
 from minilm_exp.errors import ExperimentError
-from minilm_exp.settings import NextPassage
-from minilm_exp.tasks.examples import Example, TaskData
+from minilm_exp.provenance import fingerprint_text
+from minilm_exp.task_settings import NextPassage
+from minilm_exp.tasks.examples import Examples, TaskData
 
 _FEWEST = 8
 
@@ -42,19 +44,29 @@ def make_next_passage(documents: list[str], task: NextPassage) -> TaskData:
     while len(groups) > len(validation) + 1 and sum(map(len, validation)) < share * total:
         validation.append(groups[len(validation)])
     train = groups[len(validation) :]
-    data = TaskData(
-        train=_pairs(train, task.num_train, f"train {task.version}"),
-        validation=_pairs(validation, task.num_validation, f"validation {task.version}"),
-    )
-    if min(len(data.train), len(data.validation)) < _FEWEST:
+    data = [
+        _pairs(part, number, f"{name} {task.version}")
+        for part, number, name in (
+            (train, task.num_train, "train"),
+            (validation, task.num_validation, "validation"),
+        )
+    ]
+    if min(map(len, data)) < _FEWEST:
         raise ExperimentError(
             f"task=next_passage needs held-out documents with several passages of"
             f" {task.passage_characters} characters, some to train on and others to score on; the"
-            f" {len(documents)} held-out documents give {len(data.train)} and"
-            f" {len(data.validation)} pairs: set task=none, raise corpus.held_out_fraction, give"
-            " more text, or lower tasks.next_passage.passage_characters"
+            f" {len(documents)} held-out documents give {len(data[0])} and {len(data[1])} pairs:"
+            " set task=none, raise corpus.held_out_fraction, give more text, or lower"
+            " tasks.next_passage.passage_characters"
         )
-    return data
+    examples = [
+        Examples(
+            Dataset.from_dict(dict(zip(("first", "second", "label"), zip(*pairs)))),
+            fingerprint_text(repr(pairs)),
+        )
+        for pairs in data
+    ]
+    return TaskData(examples[0], {"": examples[1]}, {}, task.num_labels)
 
 
 def _passages(document: str, num_characters: int) -> list[str]:
@@ -68,7 +80,7 @@ def _passages(document: str, num_characters: int) -> list[str]:
     return passages
 
 
-def _pairs(groups: list[list[str]], number: int, seed: str) -> list[Example]:
+def _pairs(groups: list[list[str]], number: int, seed: str) -> list[tuple[str, str, int]]:
     draw = random.Random(f"next_passage {seed}")
     firsts = [(g, i) for g, group in enumerate(groups) for i in range(len(group) - 1)]
     draw.shuffle(firsts)
@@ -89,7 +101,7 @@ def _pairs(groups: list[list[str]], number: int, seed: str) -> list[Example]:
             if not elsewhere:
                 continue
             second = draw.choice(elsewhere)
-        pairs.append(Example(first, second, int(is_next)))
+        pairs.append((first, second, int(is_next)))
     return pairs
 
 

@@ -1,0 +1,414 @@
+"""Scores of models on downstream tasks: every model, cell of a search and seed, each done once."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from minilm_exp.errors import ExperimentError
+from minilm_exp.provenance import RESULTS_VERSION, fingerprint_text
+from minilm_exp.settings import Settings
+from minilm_exp.student import set_dropout
+from minilm_exp.task_settings import Task, TaskSettings
+from minilm_exp.tasks.data import Splits, find_splits, load_task
+from minilm_exp.tasks.encode import fingerprint_tokenizer
+from minilm_exp.tasks.examples import Examples, TaskData
+from minilm_exp.tasks.finetune import Finetuning, Scored, finetune
+from minilm_exp.tasks.metrics import check_labels, check_score_names
+from minilm_exp.tasks.next_passage import make_next_passage
+from minilm_exp.tasks.spans import Answer
+from minilm_exp.tracking import Tracker
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to be scored: an encoder without a head, and its tokenizer."""
+
+    encoder: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+
+
+@dataclass
+class Cell:
+    """One combination of fine-tuning settings, over its seeds.
+
+    Attributes:
+        settings: Those that the search changes.
+        mean: Of each metric, over the seeds.
+        spread: Standard deviation over the seeds, where there are several.
+        num_seeds: Fine-tunings in the mean.
+        error: Why there is no mean.
+    """
+
+    settings: dict[str, Any]
+    mean: dict[str, float] = field(default_factory=dict)
+    spread: dict[str, float] = field(default_factory=dict)
+    num_seeds: int = 0
+    error: str | None = None
+
+
+@dataclass
+class TaskScore:
+    """What a model scores on a task: its best cell, and all cells of the search."""
+
+    best: Cell
+    cells: list[Cell]
+
+
+def find_tasks(settings: Settings) -> dict[str, Splits]:
+    """Where the data of the tasks with labelled data are; nothing is read yet.
+
+    Raises:
+        ExperimentError: They are not to be had.
+    """
+    return {
+        name: find_splits(name, task, settings.data_root, settings.task_training.test)
+        for name, task in settings.tasks.items()
+        if isinstance(task, Task)
+    }
+
+
+def load_tasks(
+    settings: Settings, splits: dict[str, Splits], held_out_documents: list[str]
+) -> dict[str, TaskData]:
+    """Examples of every task, read and checked before distilling so that a mistake costs nothing.
+
+    Args:
+        settings: The run.
+        splits: What `find_tasks` found.
+        held_out_documents: Of the corpus, for the task that is made from it.
+
+    Raises:
+        ExperimentError: The data are not what the task needs.
+    """
+    loaded = {}
+    for name, task in settings.tasks.items():
+        if isinstance(task, Task):
+            data = load_task(name, task, splits[name])
+        else:
+            data = make_next_passage(held_out_documents, task)
+        check_score_names(name, task, data.validation)
+        for part, examples in (*data.validation.items(), *data.test.items()):
+            check_labels(name, task, part, examples)
+        loaded[name] = data
+    return loaded
+
+
+@dataclass
+class Scoring:
+    """Fine-tunes and scores the models of one run.
+
+    What one fine-tuning gave is kept under `outputs/finetuned`, by the content of all that it hangs
+    on, so a resumed run does not repeat it, and neither does another run with the same model (a
+    teacher beside many students).
+
+    Attributes:
+        settings: The run.
+        precision: fp32 or bf16.
+        folder: The run folder, for predictions and models.
+        tracker: Of the run; each fine-tuning is a run below it.
+    """
+
+    settings: Settings
+    precision: str
+    folder: Path
+    tracker: Tracker
+
+    def score(self, name: str, data: TaskData, role: str, model: Model) -> TaskScore:
+        """The scores of one model on one task.
+
+        A cell of a search that cannot be trained is reported with its error, and the others go on.
+
+        Raises:
+            ExperimentError: No cell could be trained.
+        """
+        task, training = self.settings.tasks[name], self.settings.task_training
+        weights = _fingerprint(model)
+        all_settings = training.cells(name, task)
+        cells: list[Cell] = []
+        best: Cell | None = None
+        kept = _Kept(self.folder / "models" / f"{name}-{role}", task.selected_by)
+        for settings in all_settings:
+            cell = Cell(_searched(settings, all_settings))
+            cells.append(cell)
+            scored = []
+            try:
+                for seed in training.seeds(self.settings.seed):
+                    job = self._job(name, data, settings, seed)
+                    scored.append(self._finetune(job, role, model, weights, cell, kept))
+            except ExperimentError as error:
+                if len(all_settings) == 1:
+                    raise
+                cell.error = str(error)
+                _log.warning("%s on %s, %s: %s", role, name, cell.settings, error)
+                continue
+            _average(cell, scored)
+            chosen_by = task.selected_by
+            if best is None or cell.mean[chosen_by] > best.mean[chosen_by]:
+                best = cell
+        if best is None:
+            raise ExperimentError(
+                f"{role} on {name}: none of the {len(cells)} cells of the search could be trained;"
+                f" the last: {cells[-1].error}"
+            )
+        if self.settings.recipe.keep_models:
+            self._keep_best(name, data, role, model, weights, kept)
+        outcome = TaskScore(best, cells)
+        self._report(name, role, outcome)
+        return outcome
+
+    def _job(self, name: str, data: TaskData, settings: TaskSettings, seed: int) -> Finetuning:
+        return Finetuning(
+            name=name,
+            task=self.settings.tasks[name],
+            data=data,
+            settings=settings,
+            seed=seed,
+            precision=self.precision,
+            runtime=self.settings.runtime,
+            cache=self.settings.outputs / "cache" / "tasks",
+        )
+
+    def _finetune(
+        self, job: Finetuning, role: str, model: Model, weights: str, cell: Cell, kept: _Kept
+    ) -> Scored:
+        """One fine-tuning as a run of its own, or what an earlier one of the same content gave."""
+        key = _key(job, weights)
+        file = self.settings.outputs / "finetuned" / f"{key}.json"
+        stored = None if self.settings.rerun and not self.settings.resume else _read(file)
+        if stored is not None and stored["parent_id"] == self.tracker.run_id:
+            scored = _scored(stored, job)
+            kept.offer(job, key, scored)
+            return scored
+        title = f"{role} on {job.name}"
+        label = ", ".join(f"{name}={value:g}" for name, value in cell.settings.items())
+        child = self.tracker.child(
+            f"{title} seed={job.seed}" + (f" {label}" if label else ""),
+            {"task": job.name, "role": role, "seed": str(job.seed), "finetuning_key": key},
+        )
+        try:
+            child.log_params(
+                {"task": job.name, "role": role, "seed": job.seed} | asdict(job.settings)
+            )
+            if stored is not None:
+                scored = _scored(stored, job)
+                child.set_tags({"taken_from": stored["run_id"]})
+            else:
+                folder = kept.next_folder if self.settings.recipe.keep_models else None
+                scored = finetune(
+                    model.encoder, model.tokenizer, job, title, child.log_metrics, folder
+                )
+                file.parent.mkdir(parents=True, exist_ok=True)
+                _write(
+                    file,
+                    asdict(scored)
+                    | {"run_id": child.run_id, "parent_id": self.tracker.run_id, "key": key},
+                )
+            kept.offer(job, key, scored)
+            best = {f"best/{metric}": value for metric, value in scored.metrics.items()}
+            child.log_metrics(best | {"best/epoch": scored.best_epoch})
+            for path in self._write_predictions(job, role, cell, scored):
+                child.log_artifact(path, "predictions")
+        except BaseException as error:
+            child.fail(error)
+            raise
+        child.finish("FINISHED")
+        return scored
+
+    def _keep_best(
+        self, name: str, data: TaskData, role: str, model: Model, weights: str, kept: _Kept
+    ) -> None:
+        """Trains the best one again where its result was taken from another run."""
+        if kept.is_there():
+            return
+        job = kept.best_job
+        assert job is not None
+        _log.info(
+            "%s on %s: trained again, because its result was kept but not its model", role, name
+        )
+        finetune(
+            model.encoder, model.tokenizer, job, f"{role} on {name}", lambda *_: None,
+            kept.next_folder,
+        )  # fmt: skip
+        kept.take()
+
+    def _write_predictions(
+        self, job: Finetuning, role: str, cell: Cell, scored: Scored
+    ) -> list[Path]:
+        settings = "".join(f"-{value:g}" for value in cell.settings.values())
+        folder = self.folder / "predictions" / f"{job.name}-{role}{settings}-seed{job.seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        written = []
+        for part, examples in _scored_parts(job):
+            predictions = scored.predictions[part]
+            path = (
+                folder / f"{part or 'validation'}.{'json' if job.task.kind == 'spans' else 'jsonl'}"
+            )
+            if job.task.kind == "spans":
+                # As the official scripts read them.
+                ids = examples.rows["id"][:]
+                texts = {i: answer.text for i, answer in zip(ids, predictions)}
+                _write(path, texts)
+                nulls = folder / f"{part or 'validation'}_null_scores.json"
+                _write(nulls, {i: answer.null_score for i, answer in zip(ids, predictions)})
+                written.append(nulls)
+            else:
+                path.write_text(_lines(examples, predictions, job.data.label_names), "utf-8")
+            written.append(path)
+        return written
+
+    def _report(self, name: str, role: str, outcome: TaskScore) -> None:
+        """The student's metrics carry no role in their name."""
+        prefix = f"task/{name}" if role == "student" else f"task/{name}/{role}"
+        best = outcome.best
+        values = {f"{prefix}/{metric}": value for metric, value in best.mean.items()}
+        values |= {f"{prefix}/{metric}_std": value for metric, value in best.spread.items()}
+        values[f"{prefix}/num_seeds"] = best.num_seeds
+        self.tracker.log_metrics(values)
+        if len(outcome.cells) > 1:
+            for setting, value in best.settings.items():
+                self.tracker.log_metrics({f"{prefix}/best/{setting}": value})
+            table = json.dumps([asdict(cell) for cell in outcome.cells], indent=1)
+            self.tracker.log_text(table + "\n", f"grids/{name}-{role}.json")
+
+
+class _Kept:
+    """The folder of the fine-tuned model that validates best so far."""
+
+    def __init__(self, folder: Path, selected_by: str) -> None:
+        self.folder = folder
+        self.next_folder = folder.with_name(f"{folder.name}.next")
+        self.selected_by = selected_by
+        self.best_job: Finetuning | None = None
+        self._best_key = ""
+        self._best_value = 0.0
+
+    def offer(self, job: Finetuning, key: str, scored: Scored) -> None:
+        """Takes the model just trained if it validates better; else drops it."""
+        value = scored.metrics[self.selected_by]
+        if self.best_job is None or value > self._best_value:
+            self.best_job, self._best_key, self._best_value = job, key, value
+            if self.next_folder.is_dir():
+                self.take()
+        shutil.rmtree(self.next_folder, ignore_errors=True)
+
+    def take(self) -> None:
+        (self.next_folder / "finetuning_key").write_text(self._best_key, encoding="utf-8")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.next_folder.rename(self.folder)
+
+    def is_there(self) -> bool:
+        """Whether the best one so far lies in the folder."""
+        try:
+            return (self.folder / "finetuning_key").read_text("utf-8") == self._best_key
+        except OSError:
+            return False
+
+
+def _searched(settings: TaskSettings, all_settings: list[TaskSettings]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in asdict(settings).items()
+        if any(getattr(other, name) != value for other in all_settings)
+    }
+
+
+def _average(cell: Cell, scored: list[Scored]) -> None:
+    cell.num_seeds = len(scored)
+    for metric in scored[0].metrics:
+        values = [one.metrics[metric] for one in scored if metric in one.metrics]
+        cell.mean[metric] = statistics.fmean(values)
+        if len(values) > 1:
+            cell.spread[metric] = statistics.stdev(values)
+
+
+def _fingerprint(model: Model) -> str:
+    """Of the weights, the architecture and the tokenizer; dropout is the task's."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in model.encoder.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy())
+    config = copy.deepcopy(model.encoder.config)
+    set_dropout(config, 0.0, 0.0)
+    facts = config.to_dict()
+    for name in ("_name_or_path", "architectures", "dtype", "transformers_version"):
+        facts.pop(name, None)
+    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    digest.update(fingerprint_tokenizer(model.tokenizer).encode())
+    return digest.hexdigest()
+
+
+def _key(job: Finetuning, weights: str) -> str:
+    definition = asdict(job.task)
+    for name in ("data", "train_data", "files"):
+        definition.pop(name, None)
+    parts = [
+        RESULTS_VERSION,
+        weights,
+        job.name,
+        definition,
+        {part: examples.fingerprint for part, examples in _all_parts(job.data)},
+        asdict(job.settings),
+        job.seed,
+        job.precision,
+    ]
+    return fingerprint_text(json.dumps(parts, sort_keys=True))
+
+
+def _all_parts(data: TaskData) -> Iterable[tuple[str, Examples]]:
+    yield "train", data.train
+    yield from ((f"validation/{part}", examples) for part, examples in data.validation.items())
+    yield from ((f"test/{part}", examples) for part, examples in data.test.items())
+
+
+def _scored_parts(job: Finetuning) -> Iterable[tuple[str, Examples]]:
+    """Every part with predictions, under their name."""
+    limit = job.settings.max_validation_examples
+    for part, examples in job.data.validation.items():
+        yield part, examples.at_most(limit)
+    for part, examples in job.data.test.items():
+        yield f"test_{part}".rstrip("_"), examples.at_most(limit)
+
+
+def _lines(examples: Examples, predictions: list[Any], names: list[str] | None) -> str:
+    lines = []
+    for row, prediction in zip(examples.rows, predictions):
+        if names is not None:
+            row, prediction = row | {"label": names[row["label"]]}, names[prediction]
+        lines.append(json.dumps(row | {"prediction": prediction}, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def _write(path: Path, content: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        return stored if stored["key"] == file.stem else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _scored(stored: dict[str, Any], job: Finetuning) -> Scored:
+    predictions = stored["predictions"]
+    if job.task.kind == "spans":
+        predictions = {
+            part: [Answer(**answer) for answer in answers] for part, answers in predictions.items()
+        }
+    return Scored(stored["metrics"], stored["epochs"], stored["best_epoch"], predictions)
