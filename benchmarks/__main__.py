@@ -25,6 +25,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import steps
+from benchmarks.finetuning import QNLI_EXAMPLES, SST2_EXAMPLES, FinetuningSpeed
 from benchmarks.measure import (
     alone,
     circumstances,
@@ -343,10 +344,56 @@ def scale(megabytes: tuple[int, int]) -> list[Row]:
     return rows
 
 
+def finetuning(
+    texts: list[str], num_rounds: int, num_ours: int, num_plain: int, num_short: int, whole: bool
+) -> list[Row]:
+    """Examples a second of fine-tuning and evaluation, all threads, and of tokenising.
+
+    Ours is in the precision that `auto` chooses, and with `whole` also in float32: that one beside
+    the plain recipe is what padding costs, the rest is what precision gains.
+    """
+    auto = resolve_precision("auto", "cpu")
+    precisions = {"fp32", auto} if whole else {auto}
+    row, rows = partial(Row, "9 fine-tune"), []
+    with TemporaryDirectory() as folder:
+        speed = FinetuningSpeed(texts, num_ours, num_plain, Path(folder))
+        for what, plain, ours in (
+            ("fine-tuning", speed.train_plainly, speed.train),
+            ("evaluation", speed.evaluate_plainly, speed.evaluate),
+        ):
+            what = f"{what}, {torch.get_num_threads()} threads"
+            runs = {p: partial(ours, p) for p in sorted(precisions, reverse=True)}
+            seconds = seconds_in_turn({"plain": plain, **runs}, num_rounds, 0, by_wall=True)
+            speeds = {p: [num_ours / s for s in seconds[p]] for p in runs}
+            plain_speeds = [num_plain / s for s in seconds["plain"]]
+            rows.append(row(f"{what}: plain", median(plain_speeds), "examples/s"))
+            for p in runs:
+                rows.append(row(f"{what}: ours in {p}", median(speeds[p]), "examples/s"))
+            for p in runs:
+                ratio = median_ratio(speeds[p], plain_speeds)
+                if p == auto:
+                    name = f"{what}: ours in {p} (auto is {p} here) / plain"
+                    rows.append(row(name, ratio, "x", "> 1", at_least=1.0))
+                else:
+                    rows.append(row(f"{what}: ours in {p} / plain", ratio, "x"))
+        shares = {
+            "plain": speed.plain_share(),
+            f"ours, these {num_ours} examples": speed.real_share(num_ours),
+            f"ours, {QNLI_EXAMPLES} examples as QNLI has": speed.real_share(QNLI_EXAMPLES),
+        }
+        for name, share in shares.items():
+            rows.append(row(f"real tokens in a batch: {name}", share, "of all"))
+        rate = num_short / speed.tokenise_seconds(texts, num_short, num_rounds)
+    rows.append(row("tokenise sentences of about 10 words", rate, "examples/s"))
+    what = f"that is, {SST2_EXAMPLES} of them, as SST-2 has"
+    rows.append(row(what, SST2_EXAMPLES / rate, "s"))
+    return rows
+
+
 def measure(arguments: argparse.Namespace) -> list[Row]:
     """Every section; the heavy ones smaller with --quick."""
     num_threads = torch.get_num_threads()
-    texts = packaged_text()
+    packaged = texts = packaged_text()
     if arguments.text:
         corpus = settings(f"corpus.files=[{','.join(arguments.text)}]").corpus
         texts = list(read_documents(corpus))
@@ -360,6 +407,9 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
             *tokens(texts, 2, 10, Size((4, 128, 4), (2, 64, 4), 8, 16, 128)),
             *teacher_cache(3, small, ""),
             *scale((2, 10)),
+            *_with_threads(
+                num_threads, lambda: finetuning(packaged, 1, 256, 32, 5000, whole=False)
+            ),
         ]
     return [
         *loss_alone(7),
@@ -376,6 +426,10 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         *_with_threads(num_threads, lambda: together(texts, 5, 50)),
         *on_gpu(20),
         *scale((50, 500)),
+        *_with_threads(
+            num_threads,
+            lambda: finetuning(packaged, 3, 512, 128, SST2_EXAMPLES, whole=True),
+        ),
     ]
 
 

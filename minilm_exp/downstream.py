@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import shutil
 import statistics
 from collections.abc import Iterable
@@ -20,13 +21,14 @@ from minilm_exp.provenance import RESULTS_VERSION, fingerprint_text
 from minilm_exp.settings import Settings
 from minilm_exp.student import set_dropout
 from minilm_exp.task_settings import Task, TaskSettings
-from minilm_exp.tasks.data import Splits, find_splits, load_task
+from minilm_exp.tasks.data import load_task
 from minilm_exp.tasks.encode import fingerprint_tokenizer
 from minilm_exp.tasks.examples import Examples, TaskData
 from minilm_exp.tasks.finetune import Finetuning, Scored, finetune
 from minilm_exp.tasks.metrics import check_labels, check_score_names
 from minilm_exp.tasks.next_passage import make_next_passage
 from minilm_exp.tasks.spans import Answer
+from minilm_exp.tasks.splits import Splits, find_splits
 from minilm_exp.tracking import Tracker
 
 _log = logging.getLogger(__name__)
@@ -100,8 +102,10 @@ def load_tasks(
         else:
             data = make_next_passage(held_out_documents, task)
         check_score_names(name, task, data.validation)
+        limits = {cell.max_validation_examples for cell in settings.task_training.cells(name, task)}
         for part, examples in (*data.validation.items(), *data.test.items()):
-            check_labels(name, task, part, examples)
+            for limit in limits:
+                check_labels(name, task, part, examples.at_most(limit))
         loaded[name] = data
     return loaded
 
@@ -392,7 +396,7 @@ def _lines(examples: Examples, predictions: list[Any], names: list[str] | None) 
 
 
 def _write(path: Path, content: Any) -> None:
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
 

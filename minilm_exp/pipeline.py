@@ -43,8 +43,8 @@ from minilm_exp.student import (
     load_checkpoint,
     untrained_parameters,
 )
-from minilm_exp.tasks.data import Splits
 from minilm_exp.tasks.examples import TaskData
+from minilm_exp.tasks.splits import Splits
 from minilm_exp.teacher import (
     fingerprint_teacher,
     load_encoder,
@@ -405,12 +405,12 @@ def _params(settings: Settings) -> dict[str, Any]:
             "teacher_layer": settings.layer_selection.teacher_layer,
         }
     left_out = {"runtime", "tracking", "outputs_dir", "data_root", "resume", "rerun", "profile"}
-    # Fine-tunings name their own settings.
-    left_out.add("task_training")
+    # Each fine-tuning is a run that names its own settings.
+    families = ("task_training.families.", "task_training.exceptions.")
     return short | {
         name: value
         for name, value in flatten(settings).items()
-        if name.split(".")[0] not in left_out
+        if name.split(".")[0] not in left_out and not name.startswith(families)
     }
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 _WARMUP_ROUNDS = 2
 # Tokens of QNLI's pairs with BERT's uncased vocabulary, cut off at 128: each twentieth of 4,000 of
 # them, from the shortest to the longest.
-_QNLI_LENGTHS = (
+QNLI_LENGTHS = (
     15,
     27,
     31,
@@ -66,9 +66,9 @@ def measure_speedup(
 def _batch(
     draw: numpy.random.Generator, batch_size: int, vocab_size: int, device: str
 ) -> dict[str, Tensor]:
-    twentieths = numpy.arange(len(_QNLI_LENGTHS))
+    twentieths = numpy.arange(len(QNLI_LENGTHS))
     places = draw.uniform(0, twentieths[-1], batch_size)
-    lengths = torch.from_numpy(numpy.interp(places, twentieths, _QNLI_LENGTHS).astype("int64"))
+    lengths = torch.from_numpy(numpy.interp(places, twentieths, QNLI_LENGTHS).astype("int64"))
     longest = int(lengths.max())
     ids = torch.from_numpy(draw.integers(vocab_size // 2, vocab_size, (batch_size, longest)))
     mask = (torch.arange(longest) < lengths[:, None]).long()

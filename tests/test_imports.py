@@ -14,7 +14,8 @@ ORDER = [
     "errors", "redaction", "teacher_facts", "task_settings", "settings", "precision", "provenance",
     "relations_block", "relations_triton", "relations", "attention", "qkv", "teacher", "student",
     "documents", "corpus", "shuffle", "teacher_cache", "progress", "profiling", "distil",
-    "tasks.examples", "tasks.data", "tasks.next_passage", "tasks.answers", "tasks.spans",
+    "tasks.examples", "tasks.splits", "tasks.tables", "tasks.data",
+    "tasks.next_passage", "tasks.answers", "tasks.spans",
     "tasks.metrics", "tasks.encode", "tasks.finetune", "speed", "result",
     "run_folder", "export", "plots", "tracking", "downstream", "pipeline", "summary",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from scipy import stats
 from sklearn import metrics
 
 from minilm_exp.errors import ExperimentError
-from minilm_exp.task_settings import SPAN_VALUES, AnyTask
+from minilm_exp.task_settings import SPAN_VALUES, AnyTask, Task
 from minilm_exp.tasks.answers import mlqa_scores, squad_scores, squad_v2_scores
 from minilm_exp.tasks.examples import Examples
 from minilm_exp.tasks.spans import Answer
@@ -59,12 +59,21 @@ def check_labels(name: str, task: AnyTask, part: str, examples: Examples) -> Non
         ExperimentError: All labels are the same, and not accuracy alone is asked for.
     """
     undefined = [metric for metric in task.metrics if metric != "accuracy"]
-    if task.kind != "spans" and undefined and len(set(examples.rows["label"][:])) < 2:
-        raise ExperimentError(
-            f"{undefined[0]} of {name} is not defined: all {len(examples)} labels {_of(part)}are"
-            f" {examples.rows['label'][0]}; give data with several, or set"
-            f" tasks.{name}.metrics=[accuracy] and tasks.{name}.score=accuracy"
-        )
+    if task.kind == "spans" or not undefined or len(set(examples.rows["label"][:])) > 1:
+        return
+    advice = ["give data with several"]
+    if (
+        isinstance(task, Task)
+        and not task.validation
+        and not (task.files and task.files.validation)
+    ):
+        advice.append(f"raise tasks.{name}.held_out_fraction")
+    if task.kind == "classification":
+        advice.append(f"set tasks.{name}.metrics=[accuracy] and tasks.{name}.score=accuracy")
+    raise ExperimentError(
+        f"{undefined[0]} of {name} is not defined: all {len(examples)} labels {_of(part)}are"
+        f" {examples.rows['label'][0]}; {', or '.join(advice)}"
+    )
 
 
 def check_score_names(name: str, task: AnyTask, parts: Iterable[str]) -> None:
