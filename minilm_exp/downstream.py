@@ -102,7 +102,14 @@ def load_tasks(
         else:
             data = make_next_passage(held_out_documents, task)
         check_score_names(name, task, data.validation)
-        limits = {cell.max_validation_examples for cell in settings.task_training.cells(name, task)}
+        cells = settings.task_training.cells(name, task)
+        limits = {cell.max_validation_examples for cell in cells}
+        taken = cells[0].max_train_examples
+        if taken is not None and taken < len(data.train):
+            _log.info(
+                "%s: trained on %d of %d examples (task_training.max_train_examples)",
+                name, taken, len(data.train),
+            )  # fmt: skip
         for part, examples in (*data.validation.items(), *data.test.items()):
             for limit in limits:
                 check_labels(name, task, part, examples.at_most(limit))
@@ -157,10 +164,13 @@ class Scoring:
                     raise
                 cell.error = str(error)
                 _log.warning("%s on %s, %s: %s", role, name, cell.settings, error)
+                kept.end_cell(is_best=False)
                 continue
             _average(cell, scored)
             chosen_by = task.selected_by
-            if best is None or cell.mean[chosen_by] > best.mean[chosen_by]:
+            is_best = best is None or cell.mean[chosen_by] > best.mean[chosen_by]
+            kept.end_cell(is_best)
+            if is_best:
                 best = cell
         if best is None:
             raise ExperimentError(
@@ -168,7 +178,7 @@ class Scoring:
                 f" the last: {cells[-1].error}"
             )
         if self.settings.recipe.keep_models:
-            self._keep_best(name, data, role, model, weights, kept)
+            self._keep_best(name, role, model, kept)
         outcome = TaskScore(best, cells)
         self._report(name, role, outcome)
         return outcome
@@ -191,10 +201,13 @@ class Scoring:
         """One fine-tuning as a run of its own, or what an earlier one of the same content gave."""
         key = _key(job, weights)
         file = self.settings.outputs / "finetuned" / f"{key}.json"
-        stored = None if self.settings.rerun and not self.settings.resume else _read(file)
-        if stored is not None and stored["parent_id"] == self.tracker.run_id:
+        done = self.folder / "finetuned" / key
+        stored = _read(file, job)
+        if stored is not None and self.settings.rerun:
+            stored = stored if stored["parent_id"] == self.tracker.run_id else None
+        if stored is not None and done.exists():
             scored = _scored(stored, job)
-            kept.offer(job, key, scored)
+            kept.offer(job, key, scored, was_trained=False)
             return scored
         title = f"{role} on {job.name}"
         label = ", ".join(f"{name}={value:g}" for name, value in cell.settings.items())
@@ -220,7 +233,7 @@ class Scoring:
                     asdict(scored)
                     | {"run_id": child.run_id, "parent_id": self.tracker.run_id, "key": key},
                 )
-            kept.offer(job, key, scored)
+            kept.offer(job, key, scored, was_trained=stored is None)
             best = {f"best/{metric}": value for metric, value in scored.metrics.items()}
             child.log_metrics(best | {"best/epoch": scored.best_epoch})
             for path in self._write_predictions(job, role, cell, scored):
@@ -229,24 +242,23 @@ class Scoring:
             child.fail(error)
             raise
         child.finish("FINISHED")
+        # A run that goes on does not list it again.
+        done.parent.mkdir(exist_ok=True)
+        done.touch()
         return scored
 
-    def _keep_best(
-        self, name: str, data: TaskData, role: str, model: Model, weights: str, kept: _Kept
-    ) -> None:
+    def _keep_best(self, name: str, role: str, model: Model, kept: _Kept) -> None:
         """Trains the best one again where its result was taken from another run."""
         if kept.is_there():
             return
-        job = kept.best_job
-        assert job is not None
+        assert kept.best is not None
         _log.info(
             "%s on %s: trained again, because its result was kept but not its model", role, name
         )
-        finetune(
-            model.encoder, model.tokenizer, job, f"{role} on {name}", lambda *_: None,
-            kept.next_folder,
-        )  # fmt: skip
-        kept.take()
+        title = f"{role} on {name}"
+        job = kept.best.job
+        finetune(model.encoder, model.tokenizer, job, title, lambda *_: None, kept.next_folder)
+        kept.take_again()
 
     def _write_predictions(
         self, job: Finetuning, role: str, cell: Cell, scored: Scored
@@ -288,37 +300,70 @@ class Scoring:
             self.tracker.log_text(table + "\n", f"grids/{name}-{role}.json")
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    job: Finetuning
+    key: str
+    value: float
+
+
 class _Kept:
-    """The folder of the fine-tuned model that validates best so far."""
+    """The folder of the model that stays: of the best cell, the seed that validates best.
+
+    A model is first saved in `next_folder`, waits as the best of its cell in another folder, and
+    moves to its place when its cell is the best. A file in the folder names the fine-tuning.
+    """
 
     def __init__(self, folder: Path, selected_by: str) -> None:
         self.folder = folder
         self.next_folder = folder.with_name(f"{folder.name}.next")
-        self.selected_by = selected_by
-        self.best_job: Finetuning | None = None
-        self._best_key = ""
-        self._best_value = 0.0
+        self.best: _Candidate | None = None
+        self._cell_folder = folder.with_name(f"{folder.name}.cell")
+        self._best_of_cell: _Candidate | None = None
+        self._selected_by = selected_by
+        self._clear()
 
-    def offer(self, job: Finetuning, key: str, scored: Scored) -> None:
-        """Takes the model just trained if it validates better; else drops it."""
-        value = scored.metrics[self.selected_by]
-        if self.best_job is None or value > self._best_value:
-            self.best_job, self._best_key, self._best_value = job, key, value
-            if self.next_folder.is_dir():
-                self.take()
+    def offer(self, job: Finetuning, key: str, scored: Scored, was_trained: bool) -> None:
+        """Takes a model if it validates better than the others of its cell; else drops it."""
+        candidate = _Candidate(job, key, scored.metrics[self._selected_by])
+        if self._best_of_cell is None or candidate.value > self._best_of_cell.value:
+            self._best_of_cell = candidate
+            shutil.rmtree(self._cell_folder, ignore_errors=True)
+            if was_trained and self.next_folder.is_dir():
+                _move(self.next_folder, self._cell_folder, key)
         shutil.rmtree(self.next_folder, ignore_errors=True)
 
-    def take(self) -> None:
-        (self.next_folder / "finetuning_key").write_text(self._best_key, encoding="utf-8")
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.next_folder.rename(self.folder)
+    def end_cell(self, is_best: bool) -> None:
+        """The models of the next cell compete anew."""
+        if is_best:
+            self.best = self._best_of_cell
+            if self.best is not None and self._cell_folder.is_dir():
+                _move(self._cell_folder, self.folder, self.best.key)
+        self._best_of_cell = None
+        self._clear()
+
+    def take_again(self) -> None:
+        """Takes the model in `next_folder` for the best one."""
+        assert self.best is not None
+        _move(self.next_folder, self.folder, self.best.key)
 
     def is_there(self) -> bool:
-        """Whether the best one so far lies in the folder."""
+        """Whether the best one lies in the folder, from now or from before an interruption."""
         try:
-            return (self.folder / "finetuning_key").read_text("utf-8") == self._best_key
+            named = (self.folder / "finetuning_key").read_text("utf-8")
         except OSError:
             return False
+        return self.best is not None and named == self.best.key
+
+    def _clear(self) -> None:
+        for left in (self.next_folder, self._cell_folder):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _move(source: Path, target: Path, key: str) -> None:
+    (source / "finetuning_key").write_text(key, encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)
+    source.rename(target)
 
 
 def _searched(settings: TaskSettings, all_settings: list[TaskSettings]) -> dict[str, Any]:
@@ -401,12 +446,24 @@ def _write(path: Path, content: Any) -> None:
     partial.replace(path)
 
 
-def _read(file: Path) -> dict[str, Any] | None:
+def _read(file: Path, job: Finetuning) -> dict[str, Any] | None:
+    """What is stored of a fine-tuning, if it is whole."""
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        return stored if stored["key"] == file.stem else None
+        whole = (
+            stored["key"] == file.stem
+            and isinstance(stored["parent_id"], str)
+            and isinstance(stored["run_id"], str)
+            and stored["best_epoch"] <= len(stored["epochs"])
+            and job.task.selected_by in stored["metrics"]
+            and all(
+                len(stored["predictions"][part]) == len(examples)
+                for part, examples in _scored_parts(job)
+            )
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return stored if whole else None
 
 
 def _scored(stored: dict[str, Any], job: Finetuning) -> Scored:

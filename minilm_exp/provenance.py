@@ -58,6 +58,8 @@ def run_key(settings: Settings, precision: str, fingerprints: dict[str, str]) ->
     if settings.recipe.name == "finetune":
         unused = ["relation_set", "layer_selection", "teacher_dtype", "training"]
         unused += [group for group in ("teacher", "corpus") if group not in fingerprints]
+        if "student" not in settings.recipe.models:
+            unused.append("student")
         for group in unused:
             del plain[group]
         plain["precision"] = precision

@@ -285,6 +285,7 @@ def parse(
     if settings.data_root is not None:
         settings.data_root = os.path.abspath(os.path.expanduser(settings.data_root))
     _check_values(settings)
+    _check_baseline(settings.baseline)
     if settings.recipe.name == "finetune":
         _check_finetune(settings)
     else:
@@ -310,6 +311,8 @@ def _max_tokens(settings: Settings, student_facts: dict[str, Any] | None) -> int
 
 
 def _check_finetune(settings: Settings) -> None:
+    if not settings.recipe.models:
+        raise ExperimentError("recipe.models=[] names no model: student, teacher, or both")
     if not settings.tasks:
         raise ExperimentError("recipe=finetune needs a task: add task=NAME (see --help)")
     if "student" in settings.recipe.models and settings.student.path is None:
@@ -498,8 +501,12 @@ def _check_values(settings: Settings) -> None:
     for name, number in not_negative.items():
         if not (number >= 0 and math.isfinite(number)):
             raise ExperimentError(f"{name}={number} must not be negative")
-    if settings.seed >= 2**32:
-        raise ExperimentError(f"seed={settings.seed} must be below 2**32")
+    highest = max(settings.task_training.seeds(settings.seed), default=settings.seed)
+    if highest >= 2**32:
+        raise ExperimentError(
+            f"seed={settings.seed} must be below 2**32, also with what is added to it for"
+            f" task_training.num_seeds={settings.task_training.num_seeds}"
+        )
     if training.warmup_steps >= training.max_steps:
         raise ExperimentError(
             f"training.warmup_steps={training.warmup_steps} must be below"
@@ -520,6 +527,34 @@ def _check_values(settings: Settings) -> None:
         raise ExperimentError(
             f"student.num_attention_heads={student.num_attention_heads} does not divide"
             f" student.hidden_size={student.hidden_size}"
+        )
+
+
+def _check_baseline(baseline: Baseline) -> None:
+    shape = {
+        name: value
+        for name, value in vars(baseline).items()
+        if name not in ("name", "num_batches", "batch_size")
+    }
+    if baseline.name == "teacher":
+        given = [name for name, value in shape.items() if value is not None]
+        if given:
+            raise ExperimentError(
+                f"baseline.{given[0]}={shape[given[0]]}: baseline=teacher has the teacher's shape;"
+                " set baseline.name too, or choose another baseline"
+            )
+        return
+    for name, value in shape.items():
+        if value is None:
+            raise ExperimentError(
+                f"baseline.name={baseline.name} needs baseline.{name}; or use baseline=teacher"
+            )
+        if name != "model_type" and value < 1:
+            raise ExperimentError(f"baseline.{name}={value} must be above 0")
+    if shape["hidden_size"] % shape["num_attention_heads"]:
+        raise ExperimentError(
+            f"baseline.num_attention_heads={shape['num_attention_heads']} does not divide"
+            f" baseline.hidden_size={shape['hidden_size']}"
         )
 
 

@@ -53,6 +53,7 @@ def load_whole_encoder(
     Raises:
         ExperimentError: The checkpoint lacks weights, which the library would draw at random.
     """
+    torch.manual_seed(0)  # of a new pooler
     encoder, found = AutoModel.from_pretrained(
         source,
         revision=revision,

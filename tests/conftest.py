@@ -4,6 +4,7 @@ Heavy imports wait until a fixture needs them, so that tests of the config alone
 """
 
 import functools
+import gc
 import os
 import socket
 import string
@@ -37,6 +38,17 @@ def closed_network(monkeypatch):
 
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, guard(getattr(socket.socket, name)))
+
+
+@pytest.fixture(scope="module")
+def quick_collection():
+    """Takes what is imported out of the garbage collection, a second, that ends a fine-tuning."""
+    import transformers.trainer  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -8,14 +8,16 @@ from minilm_exp import provenance
 from minilm_exp.errors import ExperimentError
 from minilm_exp.provenance import fingerprint_files, fingerprint_model, run_key
 from minilm_exp.redaction import redact
-from minilm_exp.settings import flatten
+from minilm_exp.settings import Recipe, flatten
 
 FINGERPRINTS = {"teacher": "t", "student": "s", "corpus": "c"}
 NO_RESULT_DEPENDS_ON = {
     "outputs_dir",
+    "data_root",
     "resume",
     "rerun",
     "profile",
+    "notes",
     "training.logging_steps",
     "training.evaluation_steps",
     "training.checkpoint_steps",
@@ -33,10 +35,13 @@ INPUTS = {
     "corpus.files",
     "corpus.datasets",
 }
+TASK_INPUTS = ("data", "train_data", "files")
 
 
 def is_neutral(name):
-    group = name.split(".")[0]
+    group, *rest = name.split(".")
+    if group == "tasks" and rest[1] in TASK_INPUTS:
+        return True
     return group in ("runtime", "tracking") or name in NO_RESULT_DEPENDS_ON | INPUTS
 
 
@@ -45,6 +50,8 @@ def key_of(settings, precision="fp32", **fingerprints):
 
 
 def changed(value):
+    if value is None:
+        return "x"
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
@@ -54,12 +61,28 @@ def changed(value):
     return value + 1 if isinstance(value, int) else value * 1.5 + 0.01
 
 
+def leaves(node, prefix=""):
+    """Every setting with its dotted name, those that are null too."""
+    if dataclasses.is_dataclass(node):
+        inner = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+    elif isinstance(node, dict):
+        inner = node
+    else:
+        yield prefix, node
+        return
+    for name, value in inner.items():
+        yield from leaves(value, f"{prefix}.{name}" if prefix else name)
+
+
 def with_value(settings, name, value):
     """A copy of the settings with one value replaced; nothing is checked again."""
 
     def replaced(node, names):
         first, *rest = names
-        new = replaced(getattr(node, first), rest) if rest else value
+        inner = node[first] if isinstance(node, dict) else getattr(node, first)
+        new = replaced(inner, rest) if rest else value
+        if isinstance(node, dict):
+            return node | {first: new}
         return dataclasses.replace(node, **{first: new})
 
     return replaced(settings, name.split("."))
@@ -67,7 +90,7 @@ def with_value(settings, name, value):
 
 @pytest.fixture
 def settings(settings_for):
-    """Settings in which nothing that counts is null."""
+    """Settings with every kind of task, and with something in every group."""
     return settings_for(
         "teacher=tiny_random",
         "student=tiny",
@@ -75,16 +98,22 @@ def settings(settings_for):
         "student.embedding_size=48",
         "runtime.microbatch_size=8",
         "runtime.num_threads=1",
+        "baseline=bert_base",
+        "task=[next_passage,mnli,mlqa,text_classification]",
+        "tasks.text_classification.files.train=train.csv",
+        "task_training=minilmv2",
     )
 
 
 def test_key_follows_every_setting_that_can_change_a_result(settings):
     """A changed setting answered with an old result, or a run repeated for a thread more."""
     key = key_of(settings)
+    names = dict(leaves(settings))
+    assert len(names) > 200
+    # A new optional field, null by default, that the key does not know of.
+    assert set(flatten(settings)) <= set(names)
     wrong = []
-    flat = flatten(settings)
-    assert len(flat) > 60
-    for name, value in flat.items():
+    for name, value in names.items():
         if name == "training.precision":
             continue
         is_changed = key_of(with_value(settings, name, changed(value))) != key
@@ -93,17 +122,75 @@ def test_key_follows_every_setting_that_can_change_a_result(settings):
     assert wrong == []
 
 
-def test_every_field_is_either_counted_or_neutral(settings):
-    """A new optional field, null by default, that the key does not know of."""
-    flat = flatten(settings)
-    unseen = [
-        f"{group.name}.{field.name}"
-        for group in dataclasses.fields(settings)
-        if dataclasses.is_dataclass(getattr(settings, group.name))
-        for field in dataclasses.fields(getattr(settings, group.name))
-        if not any(key.startswith(f"{group.name}.{field.name}") for key in flat)
-    ]
-    assert set(unseen) <= INPUTS
+def test_another_task_is_another_run(settings):
+    """Scores on one task answered with those on another."""
+    fewer = {name: task for name, task in settings.tasks.items() if name != "mnli"}
+    assert key_of(dataclasses.replace(settings, tasks=fewer)) != key_of(settings)
+
+
+# Runs that only fine-tune
+
+
+def of_finetuning(settings, *models):
+    recipe = Recipe("finetune", list(models), True)
+    return dataclasses.replace(settings, recipe=recipe)
+
+
+def finetuning_key(settings, inputs, precision="fp32"):
+    return run_key(settings, precision, {name: name for name in inputs})
+
+
+def test_distillation_does_not_count_where_there_is_none(settings):
+    """A checkpoint fine-tuned once more because a setting changed that nothing read."""
+    settings = of_finetuning(settings, "student")
+    inputs = ["student", "task.mnli"]
+    key = finetuning_key(settings, inputs)
+    used = ("student", "task_training", "tasks", "recipe", "baseline", "seed")
+    wrong = []
+    for name, value in leaves(settings):
+        if is_neutral(name):
+            continue
+        is_changed = finetuning_key(with_value(settings, name, changed(value)), inputs) != key
+        if is_changed != name.startswith(used):
+            wrong.append(name)
+    assert wrong == []
+    assert finetuning_key(settings, inputs, "bf16") != key
+
+
+def test_fine_tuned_teacher_counts_and_the_corpus_where_it_is_read(settings):
+    """One teacher's scores for another, or a task made from one corpus for that from another."""
+    settings = of_finetuning(settings, "teacher")
+    inputs = ["student", "teacher", "task.mnli"]
+    key = finetuning_key(settings, inputs)
+    other = with_value(settings, "teacher.initializer_range", 0.5)
+    assert finetuning_key(other, inputs) != key
+    other = with_value(settings, "corpus.block_length", 64)
+    assert finetuning_key(other, inputs) == key
+    with_corpus = [*inputs, "corpus"]
+    assert finetuning_key(other, with_corpus) != finetuning_key(settings, with_corpus)
+
+
+def test_student_does_not_count_where_the_teacher_alone_is_fine_tuned(settings):
+    """A teacher scored once more because another student stood in the config beside it."""
+    settings = of_finetuning(settings, "teacher")
+    inputs = ["student", "teacher", "task.mnli"]
+    other = with_value(settings, "student.num_layers", 3)
+    assert finetuning_key(other, inputs) == finetuning_key(settings, inputs)
+
+
+def test_content_of_a_tasks_data_counts(settings):
+    """Scores of an earlier version of a data set, or of a file that was edited."""
+    key = key_of(settings, **{"task.mnli": "m"})
+    assert key != key_of(settings)
+    assert key != key_of(settings, **{"task.mnli": "other"})
+
+
+def test_test_split_counts(settings):
+    """Scores of the test split asked for, and a finished run without them given."""
+    assert key_of(with_value(settings, "task_training.test", True)) != key_of(settings)
+
+
+# Names and content of inputs
 
 
 @pytest.mark.parametrize("name", sorted(INPUTS))

@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -87,10 +88,12 @@ def client_of(outputs):
     return MlflowClient(tracking_uri=f"sqlite:///{outputs}/mlflow.db")
 
 
-def runs_of(outputs):
+def runs_of(outputs, below=None):
+    """The runs below a run; without one, those that stand below none."""
     client = client_of(outputs)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    return {run.info.run_id: run for run in client.search_runs(experiments)}
+    runs = client.search_runs(experiments, max_results=5000)
+    return {r.info.run_id: r for r in runs if r.data.tags.get("mlflow.parentRunId") == below}
 
 
 def histories(outputs, run_id):
@@ -215,6 +218,53 @@ def result(finished):
 
 
 @pytest.fixture(scope="session")
+def data_root(once):
+    """Local copies of two tasks, as small as they may be."""
+
+    def make():
+        import pyarrow
+        from pyarrow import parquet
+
+        draw = random.Random(4)
+        for task in ("mrpc", "rte"):
+            folder = once.folder / "data" / "glue" / task
+            folder.mkdir(parents=True)
+            for split, number in (("train", 24), ("validation", 40)):
+                columns = {
+                    name: [f"The {' '.join(draw.sample(NOUNS, 3))}." for _ in range(number)]
+                    for name in ("sentence1", "sentence2")
+                }
+                labels = {"label": [index % 2 for index in range(number)]}
+                parquet.write_table(pyarrow.table(columns | labels), folder / f"{split}.parquet")
+        return str(once.folder / "data")
+
+    return once("data_root", make)
+
+
+def finetune_of(outputs, result, data_root):
+    """The overrides that fine-tune the student of a run, wherever its outputs have been copied."""
+    student = outputs / "runs" / Path(result["folder"]).name / "student"
+    more = ["experiment=smoke", "recipe=finetune", "task_training.learning_rate=2e-4"]
+    return [*more, f"student.path={student}", f"data_root={data_root}"]
+
+
+@pytest.fixture(scope="session")
+def finetuned(once, finished, result, data_root):
+    """A copy of the outputs where the student is fine-tuned on two tasks, with two seeds each."""
+    outputs = once.folder / "finetuned"
+
+    def make():
+        shutil.copytree(finished[0], outputs)
+        tasks = ["task=[mrpc,rte]", "task_training.num_seeds=2"]
+        return asdict(run(outputs, *finetune_of(outputs, result, data_root), *tasks))
+
+    done = Done(**once("finetuned", make))
+    assert done.status == 0, done.both
+    [folder] = outputs.glob("runs/finetune-*/")
+    return outputs, done, json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="session")
 def killed(once, smoke, finished, result):
     """A copy of the outputs with a second run of the same key, killed after a checkpoint."""
 
@@ -270,11 +320,13 @@ def test_prepare_corpus_builds_the_cache_and_nothing_else(prepared):
     assert any(name.endswith("train.ids") for name in prepared["listing"])
 
 
-def test_run_uses_the_prepared_cache(finished):
+def test_run_uses_the_prepared_cache(finished, prepared):
     """A run tokenises again what recipe=prepare_corpus had done."""
     outputs, done = finished
     assert len([path for path in (outputs / "cache" / "corpus").iterdir() if path.is_dir()]) == 1
-    assert "tokenise" not in done.stderr
+    assert "tokenise" in prepared["done"]["stderr"]
+    # The pairs of the task are tokenised too, but only once the student is there.
+    assert "tokenise" not in done.stderr.split("distil:")[0]
 
 
 def test_result_says_what_was_measured(result):
@@ -287,7 +339,18 @@ def test_result_says_what_was_measured(result):
         assert 0 < result[name]["next_passage"] <= 1
     assert result["validation_relation_loss"] > 0
     assert result["speedup"] > 0
-    assert result["num_parameters"] > 0
+    assert result["baseline"] == "tiny_random"
+    assert set(result["parameters"]) == {"student", "teacher"}
+    for counts in result["parameters"].values():
+        assert counts["total"] > counts["embedding"] > 0
+        assert counts["total"] > counts["transformer"] > 0
+    assert result["parameters"]["student"]["total"] < result["parameters"]["teacher"]["total"]
+    for role, score in (("student", "scores"), ("teacher", "teacher_scores")):
+        assert result["metrics"][role] == {
+            "next_passage": {"accuracy": result[score]["next_passage"]}
+        }
+    assert result["num_seeds"] == 1
+    assert result["spreads"] == {} and result["grids"] == {}
     assert result["meaningful"] is False
     assert result["error"] is None
 
@@ -349,7 +412,9 @@ def test_mlflow_run_is_complete(finished, result):
     assert tags["run_key"] == result["run_key"]
     assert tags["meaningful"] == "false"
     assert {"git_commit", "seed", "version.torch", "input.corpus"} <= set(tags)
-    assert recorded.inputs.dataset_inputs[0].dataset.name == "corpus"
+    assert tags["results_version"] == "3" and tags["baseline"] == "tiny_random"
+    datasets = {given.dataset.name for given in recorded.inputs.dataset_inputs}
+    assert datasets == {"corpus", "next_passage"}
     for name in (
         "distill/loss/query-query",
         "distill/loss/total",
@@ -359,8 +424,12 @@ def test_mlflow_run_is_complete(finished, result):
         "task/next_passage/undistilled/accuracy",
         "task/next_passage/teacher/accuracy",
         "model/params",
+        "model/params_embedding",
+        "model/params_transformer",
         "model/speedup",
         "score",
+        "task/next_passage/num_train",
+        "task/next_passage/num_validation",
     ):
         assert name in recorded.data.metrics
     assert recorded.data.metrics["task/next_passage/accuracy"] == result["scores"]["next_passage"]
@@ -371,9 +440,22 @@ def test_mlflow_run_is_complete(finished, result):
         "plots/loss.png",
         "student/model.safetensors",
         "student/README.md",
-        "predictions/next_passage-student.tsv",
     ):
         assert (artifacts / name).stat().st_size > 0
+    # Loss, epochs and predictions are those of a fine-tuning, a run below.
+    below = {child.data.tags["role"]: child for child in runs_of(outputs, below=run_id).values()}
+    scores = {"student": "scores", "undistilled": "undistilled_scores", "teacher": "teacher_scores"}
+    assert set(below) == set(scores)
+    for role, child in below.items():
+        assert child.info.status == "FINISHED"
+        assert child.data.params["epochs"] == "1" and child.data.params["max_length"] == "32"
+        score = result[scores[role]]["next_passage"]
+        assert child.data.metrics["best/accuracy"] == score
+        assert child.data.metrics["accuracy"] == score
+        file = outputs / "artifacts" / child.info.run_id / "artifacts/predictions/validation.jsonl"
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        assert len(lines) == recorded.data.metrics["task/next_passage/num_validation"]
+        assert sum(line["prediction"] == line["label"] for line in lines) / len(lines) == score
 
 
 def test_each_step_stands_once_in_the_history(finished, result):
@@ -437,6 +519,10 @@ def test_restart_kills_the_left_over_and_repeats_the_run(killed, result, smoke, 
     assert again["run_key"] == result["run_key"]
     assert student_bytes(again, outputs) == student_bytes(result, outputs)
     assert histories(outputs, again["run_id"]) == histories(outputs, result["run_id"])
+    # Asked for again, so trained again.
+    below = runs_of(outputs, below=again["run_id"]).values()
+    assert len(below) == 3
+    assert not [child for child in below if "taken_from" in child.data.tags]
 
 
 def test_resumed_run_equals_one_that_was_not_touched(killed, result, smoke, copied):
@@ -458,6 +544,138 @@ def test_resumed_run_equals_one_that_was_not_touched(killed, result, smoke, copi
         n: [s for s, _ in points] for n, points in expected.items()
     }
     assert found == expected
+
+
+# Fine-tuning alone
+
+
+def test_fine_tuning_stands_below_the_distillation(finetuned, result):
+    """A checkpoint whose scores cannot be traced to the run that made it, or to those below it."""
+    outputs, _, scored = finetuned
+    below = runs_of(outputs, below=result["run_id"])
+    recorded = below.pop(scored["run_id"])
+    assert {child.data.tags["role"] for child in below.values()} == {
+        "student", "undistilled", "teacher"
+    }  # fmt: skip
+    assert recorded.info.status == "FINISHED"
+    assert recorded.data.tags["run_key"] == scored["run_key"] != result["run_key"]
+    assert recorded.data.params["recipe"] == "finetune"
+    assert recorded.data.params["tasks"] == "mrpc,rte"
+    assert {"input.student", "input.task.mrpc", "input.task.rte"} <= set(recorded.data.tags)
+    assert not {"input.corpus", "input.teacher"} & set(recorded.data.tags)
+    datasets = {given.dataset.name for given in recorded.inputs.dataset_inputs}
+    assert datasets == {"mrpc", "rte"}
+    tuned = runs_of(outputs, below=scored["run_id"]).values()
+    assert sorted((child.data.tags["task"], child.data.tags["seed"]) for child in tuned) == [
+        ("mrpc", "1"), ("mrpc", "1001"), ("rte", "1"), ("rte", "1001")
+    ]  # fmt: skip
+    for child in tuned:
+        assert child.info.status == "FINISHED"
+        assert {"best/accuracy", "best/epoch", "accuracy"} <= set(child.data.metrics)
+    assert "distill/loss/total" not in recorded.data.metrics
+
+
+def test_fine_tuning_has_its_result(finetuned, result):
+    """A mean over other runs, a loss that was never measured, or a model that was not kept."""
+    outputs, done, scored = finetuned
+    assert scored["status"] == "FINISHED"
+    children = runs_of(outputs, below=scored["run_id"]).values()
+    means, spreads = {}, {}
+    for task in ("mrpc", "rte"):
+        values = [
+            child.data.metrics["best/accuracy"]
+            for child in children
+            if child.data.tags["task"] == task
+        ]
+        means[task], spreads[task] = statistics.fmean(values), statistics.stdev(values)
+    assert scored["scores"] == pytest.approx(means)
+    assert {task: s["accuracy"] for task, s in scored["spreads"]["student"].items()} == (
+        pytest.approx(spreads)
+    )
+    assert set(scored["metrics"]["student"]["mrpc"]) == {"accuracy", "f1"}
+    assert scored["num_seeds"] == 2
+    for name in ("validation_relation_loss", "speedup", "baseline"):
+        assert scored[name] is None
+    assert scored["teacher_scores"] == {} and scored["undistilled_scores"] == {}
+    assert scored["parameters"] == {"student": result["parameters"]["student"]}
+    # Of several tasks, the mean is what a sweep maximises.
+    metrics = runs_of(outputs, below=result["run_id"])[scored["run_id"]].data.metrics
+    assert metrics["score"] == pytest.approx(statistics.fmean(means.values()))
+    table = done.stdout
+    assert f"{means['mrpc']:.3f} ± {spreads['mrpc']:.3f}" in table
+    assert f"{means['rte']:.3f} ± {spreads['rte']:.3f}" in table
+    assert f"{statistics.fmean(means.values()):.3f}" in table
+    assert "over 2 fine-tuning seeds" in table and "relation loss" not in table
+    assert scored["run_id"] in table
+    kept = outputs / "runs" / Path(scored["folder"]).name / "models"
+    assert sorted(path.name for path in kept.iterdir()) == ["mrpc-student", "rte-student"]
+    assert (kept / "mrpc-student" / "model.safetensors").stat().st_size > 0
+    assert "distil:" not in done.stderr
+
+
+def test_multirun_compares_fine_tunings(finetuned, copied, result, data_root):
+    """Seeds in rows of their own, a spread over learning rates, or the same model trained again."""
+    outputs = copied(finetuned[0])
+    before = set(results(outputs))
+    grid = ["-m", "seed=1,2", "task_training.learning_rate=1e-3,2e-4", "task=mrpc"]
+    both = "recipe.models=[student,teacher]"
+    fixed = [o for o in finetune_of(outputs, result, data_root) if "learning_rate" not in o]
+    done = run(outputs, *fixed, both, *grid)
+    assert done.status == 0, done.both
+    found = {name: r for name, r in results(outputs).items() if name not in before}
+    assert len(found) == 4
+    table = done.stdout.split("mean ± standard deviation over seeds")[1]
+    rates = {}
+    for name, one in found.items():
+        config = (outputs / "runs" / name / "config.yaml").read_text(encoding="utf-8")
+        rate = float(re.search(r"\n  learning_rate: (.*)\n  warmup_ratio: null", config)[1])
+        rates.setdefault(rate, []).append(one)
+        assert one["baseline"] == "tiny_random" and one["speedup"] > 0
+    assert sorted(rates) == [2e-4, 1e-3]
+    rows = [line for line in table.splitlines() if "task_training.learning_rate=" in line]
+    assert len(rows) == 2
+    for rate, ones in rates.items():
+        assert len(ones) == 2
+        [row] = [line for line in rows if float(line.split("=")[1].split()[0]) == rate]
+        for scores in ("scores", "teacher_scores"):
+            values = [one[scores]["mrpc"] for one in ones]
+            mean, spread = statistics.fmean(values), statistics.stdev(values)
+            assert f"{mean:.3f} ± {spread:.3f}" in row
+    # The student with seed 1 and one of the rates had been fine-tuned before.
+    taken = [
+        child
+        for one in found.values()
+        for child in runs_of(outputs, below=one["run_id"]).values()
+        if "taken_from" in child.data.tags
+    ]
+    assert [(child.data.tags["role"], child.data.tags["seed"]) for child in taken] == [
+        ("student", "1")
+    ]
+
+
+def test_same_data_are_known_and_missing_ones_told(finetuned, copied, result, data_root, tmp_path):
+    """A moved copy of the data is trained on again; missing data are a traceback of a client."""
+    outputs = copied(finetuned[0])
+    before = set(runs_of(outputs, below=result["run_id"]))
+    moved = shutil.copytree(data_root, tmp_path / "moved")
+    (tmp_path / "empty").mkdir()
+    fixed = [*finetune_of(outputs, result, None)[:-1], "task=[mrpc,rte]"]
+    roots = f"data_root={moved},{tmp_path}/nowhere,{tmp_path}/empty,null"
+    more = ["task_training.num_seeds=2", "runtime.num_threads=2"]
+    done = run(outputs, *fixed, *more, "-m", roots)
+    assert_told_simply(done, "3 of the runs failed")
+    # The first is the run that had finished.
+    assert finetuned[2]["run_id"] in done.stdout
+    assert "fine-tune" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error in job")]
+    nowhere, empty, hub = (error.split("): ", 1)[1] for error in errors)
+    assert f"data_root={tmp_path}/nowhere" in nowhere
+    assert f"data_root={tmp_path}/empty" in empty and "glue/mrpc" in empty
+    assert "nyu-mll/glue" in hub and "data_root=DIR" in hub and "glue/mrpc" in hub
+    after = runs_of(outputs, below=result["run_id"])
+    failed = [after[run_id] for run_id in set(after) - before]
+    assert [one.info.status for one in failed] == ["FAILED"] * 3
+    assert all("data_root" in one.data.tags["error"] for one in failed)
 
 
 # Several runs
@@ -530,6 +748,8 @@ def test_diverged_run_is_failed(finished, copied, smoke):
         pytest.param("teacher=custom", ["teacher.path"], id="no path"),
         pytest.param("training.max_steps=", ["training.max_steps"], id="empty"),
         pytest.param("training.max_steps", ["training.max_steps"], id="no equals sign"),
+        pytest.param("task=nonsense", ["task", "nonsense", "next_passage"], id="task"),
+        pytest.param("recipe=finetune", ["student.path=FOLDER"], id="no checkpoint"),
     ],
 )
 def test_mistake_in_the_config_is_told_before_anything_is_loaded(tmp_path, smoke, override, words):
@@ -543,7 +763,7 @@ def test_mistake_in_the_config_is_told_before_anything_is_loaded(tmp_path, smoke
 def test_smoke_experiment_without_a_task(settings_for):
     """An experiment that sets numbers of a task brings half of it back when task=none."""
     settings = settings_for("experiment=smoke", "task=none")
-    assert settings.tasks.next_passage is None
+    assert settings.tasks == {}
 
 
 def test_full_traceback_on_demand(tmp_path, smoke):

@@ -1,15 +1,19 @@
 """The config: everything that composes, and everything that is refused before a run starts."""
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 from conftest import REPOSITORY
+from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.settings import as_dict, flatten, parse
+from minilm_exp.task_settings import Task
 
 CONF = REPOSITORY / "conf"
 MANDATORY = {
@@ -20,6 +24,8 @@ MANDATORY = {
     "corpus=hf_dataset": ["corpus.datasets=[{{path: some/name}}]"],
     "corpus=pretokenized": ["corpus.files=[{text}]", "task=none"],
     "tracking=server": ["tracking.uri=http://localhost:5000"],
+    "recipe=finetune": ["student.path={folder}"],
+    "task=text_classification": ["tasks.text_classification.files.train={text}"],
     # The default teacher is narrower than the layers below need.
     "student=l6h768": ["teacher=bert_base"],
     "student=l12h768": ["teacher=bert_base"],
@@ -42,6 +48,7 @@ def options(group):
 
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+GLUE = ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]
 CHOICES = [f"{group}={name}" for group in GROUPS for name in options(group)]
 EXPERIMENTS = options("experiment")
 
@@ -201,7 +208,13 @@ COMMON_PAPER_VALUES = {
     "student.num_attention_heads": 12,
     "student.init": "random",
     "teacher.weights": "pretrained",
+    "recipe.models": ["student", "teacher"],
+    "baseline.name": "bert_base",
+    "task_training.num_seeds": 4,
+    "task_training.search": "none",
 }
+# Of both papers' main tables.
+PAPER_TASKS = {"squad_v2", "mnli", "qnli", "qqp", "rte", "sst2", "mrpc", "cola"}
 V1_VALUES = {
     "training.batch_size": 1024,
     "training.learning_rate": 5e-4,
@@ -209,12 +222,14 @@ V1_VALUES = {
     "relation_set.pairs": ["qk", "vv"],
     "relation_set.num_relation_heads": 12,
     "layer_selection.teacher_layer": 12,
+    "task_training.families.glue.grid.epochs": [3, 4, 5],
 }
 V2_VALUES = {
     "training.batch_size": 256,
     "training.learning_rate": 6e-4,
     "training.adam_beta2": 0.999,
     "relation_set.pairs": ["qq", "kk", "vv"],
+    "task_training.families.glue.grid.epochs": [3, 5, 10],
 }
 LARGE_BERT = {"layer_selection.teacher_layer": 21, "relation_set.num_relation_heads": 64}
 PUBLISHED = {
@@ -240,7 +255,238 @@ def test_published_experiments_have_the_values_of_the_papers(experiment, setting
     assert {name: flat[name] for name in expected} == expected
     _, teacher, student = experiment.split("_", 1)[0], *experiment.split("_", 1)[1].rsplit("_", 1)
     assert (settings.teacher.name, settings.student_name) == (teacher, student)
-    assert settings.tasks.next_passage is None
+    assert set(settings.tasks) == PAPER_TASKS
+
+
+# Tasks
+
+
+@pytest.mark.parametrize("name", options("task"))
+def test_task_options_give_the_task_of_their_name(name, settings_for, text_file):
+    """A copied option that trains under the name, or on the data, of the one it was copied from."""
+    choice = f"task={name}"
+    settings = settings_for(choice, *(m.format(text=text_file) for m in MANDATORY.get(choice, [])))
+    together = {"none": [], "glue": GLUE, "next_passage_smoke": ["next_passage"]}
+    assert list(settings.tasks) == together.get(name, [name])
+    for one, task in settings.tasks.items():
+        if isinstance(task, Task) and task.data is not None:
+            folder = task.data.folder.replace("/{language}", "")
+            # paws-x and squad_v2 are spelt as on the hub.
+            parts = re.split(r"[-_/]", folder)
+            assert "".join(parts).endswith(one.replace("_", "")), (one, folder)
+            assert ("{language}" in task.data.folder) == bool(task.all_languages)
+            assert task.train_language in (task.all_languages or ["en"])
+
+
+def test_glue_is_the_eight_tasks_of_the_papers(settings_for):
+    """A mean with WNLI in it, which the papers leave out, or one without a task that is theirs."""
+    settings = settings_for("task=glue")
+    assert len(settings.tasks) == 8
+    assert set(settings.tasks) == {
+        "cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"
+    }  # fmt: skip
+    scores = {name: task.score for name, task in settings.tasks.items()}
+    assert scores == dict.fromkeys(GLUE, "accuracy") | {
+        "cola": "matthews",
+        "mnli": "accuracy_matched",
+        "stsb": "pearson",
+    }
+
+
+def test_tasks_can_be_listed(settings_for):
+    """A second task in place of the first, or next to the default one."""
+    assert list(settings_for("task=[mrpc,rte]").tasks) == ["mrpc", "rte"]
+    assert list(settings_for("task=[glue,squad_v2]").tasks) == [*GLUE, "squad_v2"]
+    assert settings_for("task=none").tasks == {}
+
+
+def test_unknown_task_is_refused(compose_config):
+    """A misspelt task that runs as none."""
+    with pytest.raises(MissingConfigException, match="nonsense"):
+        compose_config("task=nonsense")
+
+
+V2_RATES, V1_RATES = [1e-5, 1.5e-5, 2e-5, 3e-5, 5e-5], [2e-5, 3e-5, 4e-5, 5e-5]
+CROSS_LINGUAL_RATES = [3e-5, 4e-5, 5e-5, 6e-5]
+# MiniLMv2, appendix C; MiniLM, appendices B and C: learning rates, epochs, batch size.
+PAPER_GRIDS = {
+    "minilmv2": {
+        **dict.fromkeys(GLUE, (V2_RATES, [3, 5, 10], 32)),
+        "cola": (V2_RATES, [25], 32),
+        "squad_v2": ([3e-5, 6e-5, 8e-5, 9e-5], [3], 32),
+        "squad": ([3e-5, 6e-5, 8e-5, 9e-5], [3], 32),
+        "xnli": (CROSS_LINGUAL_RATES, [10], 64),
+        "mlqa": (CROSS_LINGUAL_RATES, [4], 32),
+    },
+    "minilmv1": {
+        **dict.fromkeys(GLUE, (V1_RATES, [3, 4, 5], 32)),
+        **dict.fromkeys(["cola", "rte", "mrpc"], (V1_RATES, [3, 4, 5, 10], 32)),
+        "squad_v2": ([6e-5], [3], 32),
+        "squad": ([6e-5], [3], 32),
+        "xnli": (CROSS_LINGUAL_RATES, [5], 128),
+        "mlqa": (CROSS_LINGUAL_RATES, [3], 32),
+    },
+}
+NUM_CELLS = {
+    "minilmv2": {"mnli": 15, "cola": 5, "squad": 4, "squad_v2": 4, "xnli": 4, "mlqa": 4},
+    "minilmv1": {"mnli": 12, "cola": 16, "rte": 16, "mrpc": 16, "squad": 1, "xnli": 4, "mlqa": 4},
+}
+
+
+@pytest.mark.parametrize("paper", PAPER_GRIDS)
+def test_grids_are_those_of_the_papers(paper, settings_for):
+    """A search of other cells than the paper's, or of as many as another paper's."""
+    tasks = ",".join(PAPER_GRIDS[paper])
+    settings = settings_for(f"task=[{tasks}]", f"task_training={paper}")
+    training = settings.task_training
+    assert training.num_seeds == 4
+    searched = dataclasses.replace(training, search="grid")
+    for name, (rates, epochs, batch_size) in PAPER_GRIDS[paper].items():
+        task = settings.tasks[name]
+        cells = searched.cells(name, task)
+        found = {(cell.learning_rate, cell.epochs) for cell in cells}
+        assert found == {(rate, number) for rate in rates for number in epochs}, name
+        assert {cell.batch_size for cell in cells} == {batch_size}, name
+        assert len(cells) == len(found) == NUM_CELLS[paper].get(name, len(rates) * len(epochs))
+        # The one that stands alone without a search is one of them.
+        [alone] = training.cells(name, task)
+        assert alone in cells, name
+
+
+@pytest.mark.parametrize("paper", PAPER_GRIDS)
+def test_lengths_are_those_of_the_papers(paper, settings_for):
+    """Texts cut off earlier than in the paper."""
+    settings = settings_for("task=[mnli,squad_v2,xnli,mlqa]", f"task_training={paper}")
+    found = {}
+    for name, task in settings.tasks.items():
+        [cell] = settings.task_training.cells(name, task)
+        found[name] = (cell.max_length, cell.doc_stride)
+        assert (cell.max_train_examples, cell.max_validation_examples) == (None, None)
+        assert (cell.warmup_ratio, cell.weight_decay, cell.hidden_dropout) == (0.1, 0.01, 0.1)
+    xnli = {"minilmv2": 256, "minilmv1": 128}[paper]
+    assert found == {
+        "mnli": (128, None),
+        "squad_v2": (384, 128),
+        "xnli": (xnli, None),
+        "mlqa": (512, 128),
+    }
+
+
+def test_what_is_given_is_not_searched(settings_for):
+    """A learning rate that was asked for, and five others tried."""
+
+    def cells(*overrides, name="rte"):
+        choices = [f"task={name}", "task_training=minilmv2", "task_training.search=grid"]
+        settings = settings_for(*choices, *overrides)
+        found = settings.task_training.cells(name, settings.tasks[name])
+        return [(cell.learning_rate, cell.epochs, cell.batch_size) for cell in found]
+
+    given = "task_training.learning_rate=7e-5"
+    assert cells(given) == [(7e-5, 3, 32), (7e-5, 5, 32), (7e-5, 10, 32)]
+    assert cells(given, "task_training.epochs=2") == [(7e-5, 2, 32)]
+    assert cells("task_training.epochs=2") == [(rate, 2, 32) for rate in V2_RATES]
+    assert cells(given, name="cola") == [(7e-5, 25, 32)]
+    batches = "task_training.families.glue.grid.batch_size=[8,16]"
+    assert cells(given, "task_training.epochs=2", f"+{batches}") == [(7e-5, 2, 8), (7e-5, 2, 16)]
+
+
+def test_values_of_the_command_line_beat_exceptions_and_families(settings_for):
+    """A smoke run whose task keeps its own length, or all tasks that take that of one."""
+    choices = ["task=[next_passage,mrpc]", "task_training=demo"]
+
+    def lengths(*overrides):
+        settings = settings_for(*choices, *overrides)
+        return [
+            settings.task_training.cells(name, task)[0].max_length
+            for name, task in settings.tasks.items()
+        ]
+
+    assert lengths() == [64, 128]
+    assert lengths("task_training.families.glue.max_length=100") == [64, 100]
+    assert lengths("task_training.exceptions.next_passage.max_length=50") == [50, 128]
+    assert lengths("task_training.max_length=32") == [32, 32]
+
+
+def test_seeds_of_fine_tunings_are_their_own(settings_for):
+    """Four times the same fine-tuning; or seed=2 that repeats three of seed=1."""
+    training = settings_for("task=mrpc", "task_training=minilmv2").task_training
+    seeds = [training.seeds(seed) for seed in range(1, 11)]
+    assert [given[0] for given in seeds] == list(range(1, 11))
+    assert len({seed for given in seeds for seed in given}) == 40
+
+
+def test_data_root_becomes_absolute(settings_for, monkeypatch, tmp_path):
+    """Data looked for below a folder named ~, or wherever the process stands later."""
+    assert settings_for("task=mrpc").data_root is None
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert settings_for("task=mrpc", "data_root='~/glue'").data_root == str(tmp_path / "glue")
+    monkeypatch.chdir(tmp_path)
+    assert settings_for("task=mrpc", "data_root=glue").data_root == str(tmp_path / "glue")
+
+
+# Only fine-tuning
+
+
+def test_only_the_models_that_are_fine_tuned_must_fit(settings_for, tmp_path):
+    """A checkpoint refused for a teacher, relations or a corpus that it never meets."""
+    folder = write_config(
+        tmp_path / "mine",
+        model_type="roberta",
+        vocab_size=31000,
+        max_position_embeddings=514,
+        hidden_size=20,
+    )
+    given = ["recipe=finetune", "task=mrpc", f"student.path={folder}"]
+    settings = settings_for(*given, "corpus=pretokenized", "corpus.files=[]")
+    assert settings.recipe.models == ["student"]
+    assert (settings.student.num_layers, settings.student.hidden_size) == (2, 20)
+    # The positions are the checkpoint's: 512 of 514, whatever teacher stands beside it.
+    settings_for(*given, "teacher=tiny_random", "task_training.max_length=512")
+    with pytest.raises(ExperimentError, match=r"task_training\.max_length=513 .*512 positions"):
+        settings_for(*given, "teacher=modernbert_base", "task_training.max_length=513")
+
+
+def test_teacher_alone_needs_no_student(settings_for):
+    """recipe.models=[teacher] refused for want of a student.path."""
+    settings = settings_for("recipe=finetune", "task=mrpc", "recipe.models=[teacher]")
+    assert settings.student.path is None
+    with pytest.raises(ExperimentError, match=r"task_training\.max_length=513 .*512 positions"):
+        settings_for(
+            "recipe=finetune", "task=mrpc", "recipe.models=[teacher]",
+            "task_training.max_length=513",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        (["task=none", "student.path={folder}"], ["needs a task", "task=NAME"]),
+        (["task=mrpc"], ["student.path=FOLDER", "recipe.models=[teacher]"]),
+        (["task=mrpc", "recipe.models=[student,teacher]"], ["student.path=FOLDER"]),
+        (
+            ["task=mrpc", "student.path={folder}", "recipe.models=[student,undistilled]"],
+            ["recipe.models=[undistilled]"],
+        ),
+        (
+            ["task=mrpc", "student.path={folder}", "recipe.models=[nonsense]"],
+            ["recipe.models=nonsense", "student", "teacher"],
+        ),
+        (["task=mrpc", "student.path={folder}", "recipe.models=[]"], ["recipe.models"]),
+        (["task=mrpc", "student.path={folder}/nowhere"], ["student.path", "nowhere"]),
+        (
+            ["task=next_passage", "student.path={folder}", "corpus=text_files", "corpus.files=[]"],
+            ["corpus.files"],
+        ),
+    ],
+    ids=["no task", "no checkpoint", "no checkpoint beside the teacher", "undistilled",
+         "unknown model", "no model", "no folder", "no corpus"],
+)  # fmt: skip
+def test_finetuning_that_cannot_be_is_refused(overrides, named, settings_for, tmp_path):
+    """A recipe that ends with a traceback once the models are loaded."""
+    folder = write_config(tmp_path / "mine")
+    with pytest.raises(ExperimentError) as caught:
+        settings_for("recipe=finetune", *(text.format(folder=folder) for text in overrides))
+    assert all(word in str(caught.value) for word in named), str(caught.value)
 
 
 # What is refused
@@ -320,6 +566,93 @@ WRONG_VALUES = {
     "all held out": (["corpus.held_out_fraction=1"], "corpus.held_out_fraction=1"),
     "nothing held out": (["corpus.held_out_fraction=0"], "corpus.held_out_fraction=0"),
     "ids without files": (["corpus.pretokenized=true"], "corpus.pretokenized"),
+    "models": (["recipe.models=[student,nonsense]"], "recipe.models=nonsense"),
+    "kind of task": (["task=mrpc", "tasks.mrpc.kind=ranking"], "tasks.mrpc.kind=ranking"),
+    "metric": (["task=mrpc", "tasks.mrpc.metrics=[bleu]"], "tasks.mrpc.metrics=['bleu']"),
+    "metric of another kind": (
+        ["task=stsb", "tasks.stsb.metrics=[pearson,accuracy]"],
+        "regression has pearson, spearman",
+    ),
+    "no metric": (["task=squad", "tasks.squad.metrics=[]"], "tasks.squad.metrics=[]"),
+    "misspelt setting of a task": (
+        ["task=mrpc", "+tasks.mrpc.metric=accuracy"],
+        "tasks.mrpc.metric",
+    ),
+    "no user file": (["task=text_classification"], "tasks.text_classification.files.train"),
+    "family": (
+        ["task=mrpc", "tasks.mrpc.family=nothing"],
+        "tasks.mrpc.family=nothing: the chosen task_training has settings for glue",
+    ),
+    "three columns": (
+        ["task=mrpc", "tasks.mrpc.text_columns=[a,b,c]"],
+        "tasks.mrpc.text_columns",
+    ),
+    "no column": (["task=mrpc", "tasks.mrpc.text_columns=[]"], "tasks.mrpc.text_columns"),
+    "one class": (["task=mrpc", "tasks.mrpc.num_labels=1"], "tasks.mrpc.num_labels=1"),
+    "nothing validates": (
+        ["task=ag_news", "tasks.ag_news.held_out_fraction=0"],
+        "tasks.ag_news.held_out_fraction=0",
+    ),
+    "everything validates": (
+        ["task=ag_news", "tasks.ag_news.held_out_fraction=1"],
+        "tasks.ag_news.held_out_fraction=1",
+    ),
+    "no language": (["task=xnli", "tasks.xnli.languages=[]"], "tasks.xnli.languages=[]"),
+    "data and files": (
+        ["task=mrpc", "+tasks.mrpc.files={train: mine.csv}"],
+        "tasks.mrpc: give either data",
+    ),
+    "neither data nor files": (["task=mrpc", "tasks.mrpc.data=null"], "tasks.mrpc: give either"),
+    "search": (["task_training.search=random"], "task_training.search=random"),
+    "search without a grid": (
+        ["task_training.search=grid"],
+        "task_training.families.glue.grid.learning_rate",
+    ),
+    "exception with a typing error": (
+        ["+task_training.exceptions.next_passage.max_lenght=3"],
+        "task_training.exceptions.next_passage",
+    ),
+    "exception": (
+        ["task_training.exceptions.next_passage.max_length=0"],
+        "task_training.exceptions.next_passage.max_length=0",
+    ),
+    "family with a typing error": (
+        ["+task_training.families.glue.learning_rat=3"],
+        "task_training.families.glue.learning_rat",
+    ),
+    "rate in a grid": (
+        ["+task_training.families.glue.grid.learning_rate=[1e-5,-1e-5]"],
+        "task_training.families.glue.grid.learning_rate=-1e-05",
+    ),
+    "epochs in a grid": (
+        ["+task_training.families.glue.grid.epochs=[0]"],
+        "task_training.families.glue.grid.epochs=0",
+    ),
+    "batches in a grid": (
+        ["+task_training.families.glue.grid.batch_size=[many]"],
+        "task_training.families.glue.grid.batch_size",
+    ),
+    "task too long for RoBERTa": (
+        ["teacher=roberta_base", "student=l6h768", "task_training.max_length=513"],
+        "task_training.max_length=513",
+    ),
+    "family too long": (
+        ["task=mlqa", "task_training=minilmv2", "teacher.max_position_embeddings=256"],
+        "task_training.max_length=512 (for mlqa)",
+    ),
+    "windows that do not move on": (
+        ["task=squad", "task_training.doc_stride=256"],
+        "task_training.doc_stride=256 (for squad)",
+    ),
+    "windows without an overlap": (
+        ["task=squad", "tasks.squad.family=glue"],
+        "task_training.doc_stride=None (for squad)",
+    ),
+    "baseline without a shape": (["baseline.name=mine"], "baseline"),
+    "heads of a baseline": (
+        ["baseline=bert_base", "baseline.num_attention_heads=5"],
+        "baseline.num_attention_heads=5",
+    ),
 }
 
 
@@ -332,39 +665,88 @@ def test_wrong_values_are_named(overrides, named, settings_for):
 
 
 NUMBERS_FROM_ZERO = {"seed", "training.warmup_steps", "training.weight_decay",
-                     "task_training.weight_decay", "runtime.num_workers",
-                     "training.hidden_dropout", "training.attention_dropout",
-                     "training.adam_beta1", "training.adam_beta2",
-                     "task_training.hidden_dropout", "task_training.attention_dropout",
-                     "task_training.warmup_ratio"}  # fmt: skip
+                     "runtime.num_workers", "training.hidden_dropout",
+                     "training.attention_dropout", "training.adam_beta1",
+                     "training.adam_beta2"}  # fmt: skip
+TASK_NUMBERS_FROM_ZERO = {"weight_decay", "doc_stride", "hidden_dropout", "attention_dropout",
+                          "warmup_ratio"}  # fmt: skip
 # Facts of a teacher are compared with its checkpoint; these two are checked where they are used.
 USED_AS = {"teacher.paper_layer": "layer_selection.teacher_layer",
            "teacher.num_relation_heads": "relation_set.num_relation_heads"}  # fmt: skip
+OVERRIDES = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-4, "warmup_ratio": 0.1,
+             "weight_decay": 0.1, "hidden_dropout": 0.1, "attention_dropout": 0.1,
+             "max_length": 32, "doc_stride": 8, "max_train_examples": 9,
+             "max_validation_examples": 9}  # fmt: skip
+
+
+def may_be_zero(name):
+    if name.startswith("task_training."):
+        return name.rsplit(".", 1)[1] in TASK_NUMBERS_FROM_ZERO
+    return name in NUMBERS_FROM_ZERO
 
 
 def test_numbers_below_their_range_are_named(settings_for, compose_config):
     """A number that nobody checks: minus one step, a learning rate of nan, half a head."""
     given = ["runtime.microbatch_size=8", "runtime.num_threads=1", "student.intermediate_size=64",
-             "student.embedding_size=384", "teacher=tiny_random", "student=tiny"]  # fmt: skip
+             "student.embedding_size=384", "teacher=tiny_random", "student=tiny",
+             "baseline=bert_base"]  # fmt: skip
+    plain = compose_config(*given)
+    # One family will do here, with every number in it; parsing several takes time.
+    family = {**plain.task_training.families.squad, "max_train_examples": 9}
+    plain.task_training.families = {"glue": family}
+    # Exceptions give way to values for all tasks.
+    plain.task_training = {**plain.task_training, **OVERRIDES, "exceptions": {}}
     unnoticed = []
-    for name, value in flatten(settings_for(*given)).items():
+    for name, value in flatten(parse(plain)).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         if name.startswith("teacher.") and name not in {*USED_AS, "teacher.initializer_range"}:
             continue
-        wrong = [-1] if name in NUMBERS_FROM_ZERO else [-1, 0]
+        wrong = [-1] if may_be_zero(name) else [-1, 0]
         if isinstance(value, float):
             wrong += [float("nan"), float("inf"), -float("inf")]
         for number in wrong:
-            config = compose_config(*given)
-            OmegaConf.update(config, name, number)
+            OmegaConf.update(plain, name, number)
             try:
-                parse(config)
+                parse(plain)
                 unnoticed.append(f"{name}={number}: accepted")
             except ExperimentError as error:
                 if USED_AS.get(name, name) not in str(error):
                     unnoticed.append(f"{name}={number}: {error}")
+        OmegaConf.update(plain, name, value)
     assert unnoticed == []
+
+
+@pytest.mark.parametrize("family", ["glue", "squad", "xnli", "mlqa"])
+def test_numbers_of_every_family_are_checked(family, settings_for):
+    """A family that no chosen task has, wrong until a later run chooses one."""
+    name = f"task_training.families.{family}.learning_rate"
+    with pytest.raises(ExperimentError, match=re.escape(f"{name}=-1")):
+        settings_for(f"{name}=-1")
+
+
+@pytest.mark.parametrize("number", [-1, 0])
+def test_numbers_of_the_made_task_are_checked(number, settings_for):
+    """A task of no pairs, or of passages without letters."""
+    for name in ("num_train", "num_validation", "passage_characters"):
+        with pytest.raises(ExperimentError, match=rf"tasks\.next_passage\.{name}={number}"):
+            settings_for(values={f"tasks.next_passage.{name}": number})
+
+
+@pytest.mark.parametrize("name", ["hidden_dropout", "attention_dropout", "warmup_ratio"])
+def test_fractions_of_a_task_are_below_one(name, settings_for):
+    """Everything dropped, or a warmup that never ends."""
+    with pytest.raises(ExperimentError, match=rf"task_training\.{name}=1\.0"):
+        settings_for(values={f"task_training.{name}": 1.0})
+
+
+def test_last_seed_of_several_is_a_seed(settings_for):
+    """The last of four fine-tunings that ends in a traceback, hours after the first."""
+    highest = 2**32 - 1 - 3000
+    choices = ["task=mrpc", "task_training=minilmv2"]
+    settings_for(*choices, f"seed={highest}")
+    with pytest.raises(ExperimentError, match=f"seed={highest + 1}"):
+        settings_for(*choices, f"seed={highest + 1}")
 
 
 def test_files_and_data_sets_exclude_each_other(settings_for, text_file):

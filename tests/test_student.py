@@ -1,10 +1,17 @@
 """The student's shape and first weights, for architectures that name their sizes differently."""
 
+import copy
 import shutil
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, BertConfig, BertModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+)
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.qkv import QKVTap
@@ -13,6 +20,7 @@ from minilm_exp.student import (
     build_student,
     count_parameters,
     layers_of,
+    load_checkpoint,
     set_dropout,
     untrained_parameters,
 )
@@ -355,6 +363,23 @@ def test_student_path_that_cannot_be_loaded(damage, checkpoint, tiny_bert, build
     assert "Traceback" not in str(caught.value)
 
 
+def test_checkpoint_with_a_task_head_gives_its_encoder(tiny_bert, tiny_tokenizer, tmp_path):
+    """A fine-tuned teacher that cannot be gone on from, or comes with another's dropout."""
+    config = copy.deepcopy(tiny_bert.config)
+    config.num_labels, config.hidden_dropout_prob = 3, 0.3
+    torch.manual_seed(8)
+    model = BertForSequenceClassification(config)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    encoder, tokenizer = load_checkpoint(str(tmp_path))
+    assert type(encoder) is BertModel
+    expected = model.bert.state_dict()
+    assert encoder.state_dict().keys() == expected.keys()
+    assert all(torch.equal(t, expected[name]) for name, t in encoder.state_dict().items())
+    assert encoder.embeddings.dropout.p == 0.3
+    assert tokenizer.get_vocab() == tiny_tokenizer.get_vocab()
+
+
 # What distillation leaves, and sizes
 
 
@@ -377,17 +402,26 @@ def test_parameters_are_counted_as_in_the_papers(tiny_tokenizer, build):
     with torch.device("meta"):
         teacher = BertModel(BertConfig())
         encoder = build(teacher, 12, num_layers=6, hidden_size=384, num_attention_heads=12)
-        total, in_layers = count_parameters(encoder)
-        assert (round(in_layers / 1e6, 1), round(total / 1e6, 1)) == (10.6, 22.6)
+        counts = count_parameters(encoder)
+        # Columns Trm and Emd; without positions, types and norms the embedding is 30522 x 384.
+        assert round(counts.transformer / 1e6, 1) == 10.6
+        assert counts.embedding == 30522 * 384
+        assert round(counts.embedding / 1e6, 1) == 11.7
+        assert round(counts.total / 1e6, 1) == 22.6
         encoder = build(teacher, 12, num_layers=6, hidden_size=768, num_attention_heads=12)
-        assert round(count_parameters(encoder)[0] / 1e6) == 66
+        counts = count_parameters(encoder)
+        assert round(counts.total / 1e6) == 66
+        assert round(counts.embedding / 1e6, 1) == 23.4
+        assert round(counts.transformer / 1e6, 1) == 42.5
 
 
 def test_parameters_of_shared_layers_are_counted_once(make_teacher):
     """ALBERT refused in a report, or its one layer counted several times."""
     teacher = make_teacher("albert", embedding_size=8)
-    total, in_layers = count_parameters(teacher)
-    assert in_layers == sum(p.numel() for p in teacher.encoder.parameters()) < total
+    counts = count_parameters(teacher)
+    in_layers = sum(p.numel() for p in teacher.encoder.parameters())
+    assert counts.transformer == in_layers < counts.total
+    assert counts.embedding == 8 * teacher.config.vocab_size
 
 
 def test_a_relation_that_is_left_out_trains_nothing(tiny_bert, build):

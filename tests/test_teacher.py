@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, BertForMaskedLM
+from transformers import AutoModel, BertForMaskedLM, BertModel
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.teacher import (
@@ -77,6 +77,16 @@ def test_task_head_is_left_behind(folder, teacher_at, tiny_bert):
     encoder = load_encoder(teacher_at(folder))
     name = "encoder.layer.3.attention.self.value.weight"
     assert torch.equal(encoder.state_dict()[name], model.bert.state_dict()[name])
+
+
+def test_new_pooler_is_the_same_each_time(folder, teacher_at, tiny_bert):
+    """A pooler drawn by whatever was drawn before: other scores, and nothing found in the store."""
+    BertModel(tiny_bert.config, add_pooling_layer=False).save_pretrained(folder)
+    one = load_encoder(teacher_at(folder)).state_dict()
+    torch.rand(3)
+    two = load_encoder(teacher_at(folder)).state_dict()
+    assert "pooler.dense.weight" in one
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ def store(tmp_path_factory):
 
 @pytest.fixture
 def start(store):
-    def started(run_id=None, name="a run"):
-        return start_tracking(*store[:1], "an experiment", store[1], name, run_id)
+    def started(run_id=None, name="a run", parent_id=None, experiment="an experiment"):
+        return start_tracking(store[0], experiment, store[1], name, run_id, parent_id)
 
     return started
 
@@ -157,6 +157,117 @@ def test_left_over_run_is_killed(start, store, client, status, expected):
     end_interrupted(store[0], "0" * 32)  # one that is not there is no error
 
 
+# Runs below runs
+
+
+def test_child_is_a_run_of_its_own(start, client):
+    """Losses of several fine-tunings in one history, or runs that their parent does not show."""
+    parent = start(name="the parent")
+    child = parent.child("the child", {"task": "mrpc", "seed": "1"})
+    other = parent.child("another", {})
+    child.log_metrics({"loss": 1.0}, 10)
+    other.log_metrics({"loss": 2.0}, 10)
+    child.log_params({"epochs": 3})
+    child.finish("FINISHED")
+    run = client.get_run(child.run_id)
+    assert run.info.run_name == "the child"
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert (run.data.tags["task"], run.data.tags["seed"]) == ("mrpc", "1")
+    assert steps_and_values(client, child.run_id, "loss") == [(10, 1.0)]
+    assert steps_and_values(client, other.run_id, "loss") == [(10, 2.0)]
+    above = client.get_run(parent.run_id)
+    assert above.info.status == client.get_run(other.run_id).info.status == "RUNNING"
+    assert above.data.metrics == above.data.params == {}
+    assert "mlflow.parentRunId" not in above.data.tags
+    assert above.info.experiment_id == run.info.experiment_id
+
+
+def test_children_of_a_resumed_run_log_everything(start, client):
+    """A new child taken for a resumed one, whose first steps are left out."""
+    first = start()
+    first.log_metrics({"loss": 1.0}, 30)
+    child = start(run_id=first.run_id).child("a child", {})
+    child.log_params({"epochs": 3})
+    for step in (10, 20):
+        child.log_metrics({"loss": float(step)}, step)
+    assert steps_and_values(client, child.run_id, "loss") == [(10, 10.0), (20, 20.0)]
+    assert client.get_run(child.run_id).data.params == {"epochs": "3"}
+
+
+def test_run_can_stand_below_a_run_of_before(start, client):
+    """Scores of a checkpoint in another experiment than the run that made it."""
+    parent = start(experiment="the first experiment")
+    parent.finish("FINISHED")
+    below = start(parent_id=parent.run_id)
+    run = client.get_run(below.run_id)
+    assert run.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert run.info.experiment_id == client.get_run(parent.run_id).info.experiment_id
+    assert client.get_run(parent.run_id).info.status == "FINISHED"
+    # And goes on below it.
+    assert start(run_id=below.run_id, parent_id=parent.run_id).run_id == below.run_id
+
+
+def test_parent_that_is_gone_is_no_error(start, client):
+    """A checkpoint that cannot be fine-tuned because its run is in another database, or deleted."""
+    parent = start()
+    client.delete_run(parent.run_id)
+    for missing in ("0" * 32, parent.run_id):
+        run = client.get_run(start(parent_id=missing).run_id)
+        assert "mlflow.parentRunId" not in run.data.tags
+        assert client.get_experiment(run.info.experiment_id).name == "an experiment"
+
+
+@pytest.mark.parametrize("by_resuming", [False, True])
+def test_left_over_children_are_killed_with_their_run(by_resuming, start, store, client):
+    """A fine-tuning of a dead process looks as if it ran; or one that had ended is rewritten."""
+    parent = start()
+    running, finished, failed = (parent.child(name, {}) for name in ("a", "b", "c"))
+    finished.finish("FINISHED")
+    failed.finish("FAILED")
+    unrelated = start().child("d", {})
+    if by_resuming:
+        start(run_id=parent.run_id)
+    else:
+        end_interrupted(store[0], parent.run_id)
+    runs = (parent, running, finished, failed, unrelated)
+    assert [client.get_run(tracker.run_id).info.status for tracker in runs] == [
+        "RUNNING" if by_resuming else "KILLED", "KILLED", "FINISHED", "FAILED", "RUNNING"
+    ]  # fmt: skip
+
+
+# Failures
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError("too small"), "FAILED"), (KeyboardInterrupt("too small"), "KILLED")],
+)
+def test_failure_is_recorded_with_its_reason(error, status, start, client):
+    """A failed run without its reason, or one that the user ended among those that failed."""
+    tracker = start()
+    tracker.fail(error)
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == status
+    assert run.data.tags["error"] == f"{type(error).__name__}: too small"
+
+
+def test_failure_of_the_record_does_not_hide_the_error(start, monkeypatch, caplog):
+    """A lost database reported in place of what went wrong; or the status lost with the reason."""
+    tracker = start()
+    finished = []
+
+    def lost(*_):
+        raise OSError(f"cannot reach {URI}")
+
+    monkeypatch.setattr(tracker, "set_tags", lost)
+    monkeypatch.setattr(tracker, "finish", finished.append)
+    tracker.fail(ValueError("too small"))
+    assert finished == ["FAILED"]
+    assert "could not be recorded" in caplog.text
+    assert SECRET not in caplog.text
+
+
 def test_secrets_are_blacked_out(start, client, store, monkeypatch):
     """A password or token is stored for everybody who can read the database."""
     monkeypatch.setenv("HF_TOKEN", "opaque-2718281828")
@@ -165,9 +276,11 @@ def test_secrets_are_blacked_out(start, client, store, monkeypatch):
     tracker.set_tags({"error": f"cannot reach {URI}", "hub": "hf_abcdefghijklmnop"})
     tracker.log_text(f"uri: {URI}\npassword: {SECRET}\nopaque-2718281828\n", "config.txt")
     tracker.log_dataset("corpus", "0" * 8, f"s3://key:{SECRET}@host/x", "training")
+    child = tracker.child("a child", {"hub": "hf_abcdefghijklmnop"})
+    child.fail(OSError(f"cannot reach {URI}"))
     run = client.get_run(tracker.run_id)
     text = read(client, store, tracker.run_id, "config.txt")
-    everything = f"{run.to_dictionary()} {text}"
+    everything = f"{run.to_dictionary()} {client.get_run(child.run_id).to_dictionary()} {text}"
     for secret in (SECRET, "opaque-2718281828", "hf_abcdefghijklmnop"):
         assert secret not in everything
     assert run.data.params["tracking.uri"] == "postgresql://user:***@db.example/x"

@@ -327,6 +327,25 @@ def _batches(lengths: list[int]) -> Iterator[list[int]]:
 
 
 class _Trainer(Trainer):
+    """The library's training loop; of micro-batches each counts by its number of examples.
+
+    Transformers 5.23 adds up the mean losses of the micro-batches of a step.
+    """
+
+    def get_batch_samples(self, *given: Any, **named: Any) -> Any:
+        batches, _ = super().get_batch_samples(*given, **named)
+        num_examples = sum(len(batch["input_ids"]) for batch in batches)
+        self._weight = len(batches) / max(1, num_examples)
+        return batches, None
+
+    def compute_loss(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
+        if "start_positions" in inputs:
+            loss: Any = _span_loss(model, inputs)
+        else:
+            loss = super().compute_loss(model, inputs, *given, **named)
+        # The library divides by the number of micro-batches.
+        return loss * (self._weight * len(inputs["input_ids"]))
+
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
         """The library's grouping by length, drawn from the seed alone."""
         assert self.train_dataset is not None
@@ -335,6 +354,21 @@ class _Trainer(Trainer):
             lengths=self.train_dataset["length"][:],
             generator=torch.Generator().manual_seed(self.args.seed),
         )
+
+
+def _span_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Mean cross-entropy of start and end over the real tokens.
+
+    The library's lets an answer begin in the padding, so its loss depends on the batch.
+    """
+    positions = ("start_positions", "end_positions")
+    output = model(**{name: value for name, value in inputs.items() if name not in positions})
+    is_padding = inputs["attention_mask"] == 0
+    losses = [
+        nn.functional.cross_entropy(logits.float().masked_fill(is_padding, -math.inf), inputs[name])
+        for name, logits in zip(positions, (output.start_logits, output.end_logits))
+    ]
+    return torch.stack(losses).mean()
 
 
 class _BestEpoch(TrainerCallback):
