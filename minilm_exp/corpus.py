@@ -27,11 +27,12 @@ from transformers import PreTrainedTokenizerFast
 
 from minilm_exp.documents import demo_file, read_documents, read_token_ids, sentences
 from minilm_exp.errors import ExperimentError
-from minilm_exp.provenance import fingerprint_files, fingerprint_text
+from minilm_exp.hub import hub_commit
+from minilm_exp.provenance import fingerprint_files, fingerprint_text, fingerprint_tokenizer
 from minilm_exp.settings import Corpus, Settings, matching_files
 
 # Raised when the files below change their meaning, so that old caches are left alone.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 # Text that is tokenised at once.
 _BATCH_BYTES = 2**20
@@ -133,7 +134,7 @@ def prepare_corpus(
             [
                 CACHE_VERSION,
                 fingerprint,
-                fingerprint_text(tokenizer.backend_tokenizer.to_str()),
+                fingerprint_tokenizer(tokenizer),
                 corpus.block_length,
                 corpus.packing,
                 corpus.split,
@@ -183,10 +184,8 @@ def _resolve(source: Any) -> str:
         return fingerprint_files(sorted(path for path in folder.rglob("*") if path.is_file()))
     if source.revision and re.fullmatch(r"[0-9a-f]{40}", source.revision):
         return str(source.revision)  # a commit needs no asking
-    from huggingface_hub import HfApi
-
     try:
-        return str(HfApi().dataset_info(source.path, revision=source.revision).sha)
+        return hub_commit(source.path, source.revision, "dataset")
     except Exception as error:  # the hub client raises many kinds, all meaning the same here
         raise ExperimentError(
             f"the data set {source.path} cannot be had from the hub ({type(error).__name__}); give"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from minilm_exp.errors import ExperimentError
+from minilm_exp.errors import ExperimentError, reason_of
 from minilm_exp.settings import Corpus, matching_files
 
 # A longer document (a book) is cut at a paragraph's end, so that the held-out share of a corpus of
@@ -200,8 +200,9 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
                     )
                 yield text or ""
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ExperimentError(f"{path} is not a readable parquet file: {reason}") from error
+        raise ExperimentError(
+            f"{path} is not a readable parquet file: {reason_of(error)}"
+        ) from error
 
 
 def _read_datasets(corpus: Corpus) -> Iterator[str]:
@@ -226,7 +227,7 @@ def _read_datasets(corpus: Corpus) -> Iterator[str]:
         except (OSError, ValueError) as error:
             raise ExperimentError(
                 f"the data set {source.path} (split {source.split}) cannot be had:"
-                f" {str(error).splitlines()[0]}; give local text with corpus.files=[...] or a local"
+                f" {reason_of(error)}; give local text with corpus.files=[...] or a local"
                 " folder as its path"
             ) from error
 

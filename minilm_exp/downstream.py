@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
-import os
 import shutil
 import statistics
 from collections.abc import Iterable
@@ -17,19 +17,19 @@ import xxhash
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minilm_exp.errors import ExperimentError
-from minilm_exp.provenance import RESULTS_VERSION, fingerprint_text
+from minilm_exp.provenance import RESULTS_VERSION, fingerprint_text, fingerprint_tokenizer
+from minilm_exp.result import write_json
 from minilm_exp.settings import Settings
 from minilm_exp.student import set_dropout
 from minilm_exp.task_settings import Task, TaskSettings
 from minilm_exp.tasks.data import load_task
-from minilm_exp.tasks.encode import fingerprint_tokenizer
-from minilm_exp.tasks.examples import Examples, TaskData
+from minilm_exp.tasks.examples import Examples, TaskData, part_name
 from minilm_exp.tasks.finetune import Finetuning, Scored, finetune
 from minilm_exp.tasks.metrics import check_labels, check_score_names
 from minilm_exp.tasks.next_passage import make_next_passage
 from minilm_exp.tasks.spans import Answer
 from minilm_exp.tasks.splits import Splits, find_splits
-from minilm_exp.tracking import Tracker
+from minilm_exp.tracking import FINETUNING_KEY, Tracker
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +40,22 @@ class Model:
 
     encoder: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the weights, the architecture and the tokenizer; dropout is the task's."""
+        digest = xxhash.xxh3_128()
+        for name, tensor in self.encoder.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().numpy())
+        config = copy.deepcopy(self.encoder.config)
+        set_dropout(config, 0.0, 0.0)
+        facts = config.to_dict()
+        for name in ("_name_or_path", "architectures", "dtype", "transformers_version"):
+            facts.pop(name, None)
+        digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+        digest.update(fingerprint_tokenizer(self.tokenizer).encode())
+        return digest.hexdigest()
 
 
 @dataclass
@@ -146,7 +162,6 @@ class Scoring:
             ExperimentError: No cell could be trained.
         """
         task, training = self.settings.tasks[name], self.settings.task_training
-        weights = _fingerprint(model)
         all_settings = training.cells(name, task)
         cells: list[Cell] = []
         best: Cell | None = None
@@ -158,7 +173,7 @@ class Scoring:
             try:
                 for seed in training.seeds(self.settings.seed):
                     job = self._job(name, data, settings, seed)
-                    scored.append(self._finetune(job, role, model, weights, cell, kept))
+                    scored.append(self._finetune(job, role, model, cell, kept))
             except ExperimentError as error:
                 if len(all_settings) == 1:
                     raise
@@ -196,10 +211,10 @@ class Scoring:
         )
 
     def _finetune(
-        self, job: Finetuning, role: str, model: Model, weights: str, cell: Cell, kept: _Kept
+        self, job: Finetuning, role: str, model: Model, cell: Cell, kept: _Kept
     ) -> Scored:
         """One fine-tuning as a run of its own, or what an earlier one of the same content gave."""
-        key = _key(job, weights)
+        key = _key(job, model.fingerprint)
         file = self.settings.outputs / "finetuned" / f"{key}.json"
         done = self.folder / "finetuned" / key
         stored = _read(file, job)
@@ -213,7 +228,7 @@ class Scoring:
         label = ", ".join(f"{name}={value:g}" for name, value in cell.settings.items())
         child = self.tracker.child(
             f"{title} seed={job.seed}" + (f" {label}" if label else ""),
-            {"task": job.name, "role": role, "seed": str(job.seed), "finetuning_key": key},
+            {"task": job.name, "role": role, "seed": str(job.seed), FINETUNING_KEY: key},
         )
         try:
             child.log_params(
@@ -228,7 +243,7 @@ class Scoring:
                     model.encoder, model.tokenizer, job, title, child.log_metrics, folder
                 )
                 file.parent.mkdir(parents=True, exist_ok=True)
-                _write(
+                write_json(
                     file,
                     asdict(scored)
                     | {"run_id": child.run_id, "parent_id": self.tracker.run_id, "key": key},
@@ -276,9 +291,9 @@ class Scoring:
                 # As the official scripts read them.
                 ids = examples.rows["id"][:]
                 texts = {i: answer.text for i, answer in zip(ids, predictions)}
-                _write(path, texts)
+                write_json(path, texts)
                 nulls = folder / f"{part or 'validation'}_null_scores.json"
-                _write(nulls, {i: answer.null_score for i, answer in zip(ids, predictions)})
+                write_json(nulls, {i: answer.null_score for i, answer in zip(ids, predictions)})
                 written.append(nulls)
             else:
                 path.write_text(_lines(examples, predictions, job.data.label_names), "utf-8")
@@ -383,22 +398,6 @@ def _average(cell: Cell, scored: list[Scored]) -> None:
             cell.spread[metric] = statistics.stdev(values)
 
 
-def _fingerprint(model: Model) -> str:
-    """Of the weights, the architecture and the tokenizer; dropout is the task's."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in model.encoder.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().numpy())
-    config = copy.deepcopy(model.encoder.config)
-    set_dropout(config, 0.0, 0.0)
-    facts = config.to_dict()
-    for name in ("_name_or_path", "architectures", "dtype", "transformers_version"):
-        facts.pop(name, None)
-    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
-    digest.update(fingerprint_tokenizer(model.tokenizer).encode())
-    return digest.hexdigest()
-
-
 def _key(job: Finetuning, weights: str) -> str:
     definition = asdict(job.task)
     for name in ("data", "train_data", "files"):
@@ -408,18 +407,22 @@ def _key(job: Finetuning, weights: str) -> str:
         weights,
         job.name,
         definition,
-        {part: examples.fingerprint for part, examples in _all_parts(job.data)},
-        asdict(job.settings),
+        {part: examples.fingerprint for part, examples in _read_parts(job)},
+        {name: value for name, value in asdict(job.settings).items() if name not in _LIMITS},
         job.seed,
         job.precision,
     ]
     return fingerprint_text(json.dumps(parts, sort_keys=True))
 
 
-def _all_parts(data: TaskData) -> Iterable[tuple[str, Examples]]:
-    yield "train", data.train
-    yield from ((f"validation/{part}", examples) for part, examples in data.validation.items())
-    yield from ((f"test/{part}", examples) for part, examples in data.test.items())
+# They show in what is read: one above the size of the data changes nothing.
+_LIMITS = ("max_train_examples", "max_validation_examples")
+
+
+def _read_parts(job: Finetuning) -> Iterable[tuple[str, Examples]]:
+    """Every part, as far as it is read."""
+    yield "train", job.data.train.at_most(job.settings.max_train_examples)
+    yield from _scored_parts(job)
 
 
 def _scored_parts(job: Finetuning) -> Iterable[tuple[str, Examples]]:
@@ -428,7 +431,7 @@ def _scored_parts(job: Finetuning) -> Iterable[tuple[str, Examples]]:
     for part, examples in job.data.validation.items():
         yield part, examples.at_most(limit)
     for part, examples in job.data.test.items():
-        yield f"test_{part}".rstrip("_"), examples.at_most(limit)
+        yield part_name("test", part), examples.at_most(limit)
 
 
 def _lines(examples: Examples, predictions: list[Any], names: list[str] | None) -> str:
@@ -438,12 +441,6 @@ def _lines(examples: Examples, predictions: list[Any], names: list[str] | None) 
             row, prediction = row | {"label": names[row["label"]]}, names[prediction]
         lines.append(json.dumps(row | {"prediction": prediction}, ensure_ascii=False) + "\n")
     return "".join(lines)
-
-
-def _write(path: Path, content: Any) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def _read(file: Path, job: Finetuning) -> dict[str, Any] | None:

@@ -43,9 +43,10 @@ from minilm_exp.student import (
     load_checkpoint,
     untrained_parameters,
 )
-from minilm_exp.tasks.examples import TaskData
+from minilm_exp.tasks.examples import TaskData, part_name
 from minilm_exp.tasks.splits import Splits
 from minilm_exp.teacher import (
+    check_baseline,
     fingerprint_teacher,
     load_encoder,
     load_tokenizer,
@@ -83,19 +84,21 @@ def run_experiment(
         _record_unstarted(settings, error)
         raise
     key = run_key(settings, precision, inputs)
+    made_by = _distillation_run(settings)
     finished = finished_run(settings, key)
     if finished is not None and not (settings.rerun or settings.profile):
         _log.info("already finished: %s (rerun=true runs it again)", finished.folder)
         return finished
     folder, interrupted = choose_folder(settings, key)
     with occupied(folder, settings.resume) as left:
-        tracker = _start(settings, left, interrupted)
+        tracker = _start(settings, left, interrupted, made_by)
         result = Result(
             run_id=tracker.run_id,
             run_key=key,
             status="RUNNING",
             folder=str(folder),
-            meaningful=settings.teacher.weights != "random" or "teacher" not in inputs,
+            meaningful=(settings.teacher.weights != "random" or "teacher" not in inputs)
+            and (made_by is None or made_by.meaningful),
         )
         try:
             result.write()
@@ -122,13 +125,14 @@ def _identify(settings: Settings) -> tuple[str, dict[str, str], dict[str, Splits
             f"runtime.device=cuda, but torch {torch.__version__} sees no CUDA device: use"
             " runtime=cpu, or install a CUDA build of torch"
         )
+    check_baseline(settings.baseline)
     resolve_kernel(settings.runtime.relation_kernel, settings.runtime.device)
     precision = resolve_precision(settings.training.precision, settings.runtime.device)
-    distils = settings.recipe.name != "finetune"
+    unread = settings.unread_groups
     inputs = {"student": _fingerprint_student(settings)}
-    if distils or "teacher" in settings.recipe.models:
+    if "teacher" not in unread:
         inputs["teacher"] = fingerprint_teacher(settings.teacher)
-    if distils or "next_passage" in settings.tasks:
+    if "corpus" not in unread:
         inputs["corpus"] = fingerprint_corpus(settings.corpus)
     splits = find_tasks(settings)
     inputs |= {f"task.{name}": found.fingerprint() for name, found in splits.items()}
@@ -313,8 +317,7 @@ def _load_tasks(
         source = str(splits[name].train if name in splits else corpus and corpus.folder)
         tracker.log_dataset(name, fingerprint_text(data.fingerprint), source, "evaluation")
         sizes = {"train": data.train} | {
-            f"validation_{part}".rstrip("_"): part_data
-            for part, part_data in data.validation.items()
+            part_name("validation", part): part_data for part, part_data in data.validation.items()
         }
         tracker.log_metrics(
             {f"task/{name}/num_{part}": len(examples) for part, examples in sizes.items()}
@@ -359,14 +362,16 @@ def _measure(
     )
 
 
-def _start(settings: Settings, left: Result | None, interrupted: list[str]) -> Tracker:
+def _start(
+    settings: Settings, left: Result | None, interrupted: list[str], made_by: Result | None
+) -> Tracker:
     tracker = start_tracking(
         settings.tracking.uri,
         settings.tracking.experiment,
         settings.outputs,
         run_name(settings),
         left.run_id if left is not None and settings.resume else None,
-        _distillation_run(settings),
+        None if made_by is None else made_by.run_id,
     )
     for run_id in interrupted:
         if run_id != tracker.run_id:
@@ -374,18 +379,17 @@ def _start(settings: Settings, left: Result | None, interrupted: list[str]) -> T
     return tracker
 
 
-def _distillation_run(settings: Settings) -> str | None:
-    """The run that made the checkpoint which is only fine-tuned here."""
+def _distillation_run(settings: Settings) -> Result | None:
+    """Of the run that made the checkpoint which is only fine-tuned here."""
     if settings.recipe.name != "finetune" or settings.student.path is None:
         return None
-    made_by = read_result(Path(settings.student.path).expanduser().parent)
-    return None if made_by is None else made_by.run_id
+    return read_result(Path(settings.student.path).expanduser().parent)
 
 
 def _record_unstarted(settings: Settings, error: ExperimentError) -> None:
     """A run that failed before anything could be computed is in MLflow too."""
     try:
-        tracker = _start(settings, None, [])
+        tracker = _start(settings, None, [], _distillation_run(settings))
         tracker.log_params(_params(settings))
         tracker.set_tags({"error": str(error), "seed": str(settings.seed)})
         tracker.finish("FAILED")
@@ -405,6 +409,7 @@ def _params(settings: Settings) -> dict[str, Any]:
             "teacher_layer": settings.layer_selection.teacher_layer,
         }
     left_out = {"runtime", "tracking", "outputs_dir", "data_root", "resume", "rerun", "profile"}
+    left_out |= set(settings.unread_groups)
     # Each fine-tuning is a run that names its own settings.
     families = ("task_training.families.", "task_training.exceptions.")
     return short | {
@@ -447,7 +452,7 @@ def _record_setting(
     for note in settings.notes:
         _log.info(note)
     if not result.meaningful:
-        _log.warning("teacher.weights=random: the result of this run is not meaningful")
+        _log.warning("a random teacher: the result of this run is not meaningful")
 
 
 def _finish(tracker: Tracker, result: Result) -> None:

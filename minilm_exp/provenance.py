@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from transformers import PreTrainedTokenizerFast
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.precision import teacher_dtype
@@ -54,15 +55,12 @@ def run_key(settings: Settings, precision: str, fingerprints: dict[str, str]) ->
     for name in ("logging_steps", "evaluation_steps", "checkpoint_steps", "keep_checkpoints"):
         del plain["training"][name]
     plain["training"]["precision"] = precision
-    plain["teacher_dtype"] = str(teacher_dtype(precision, settings.runtime.teacher_cache))
     if settings.recipe.name == "finetune":
-        unused = ["relation_set", "layer_selection", "teacher_dtype", "training"]
-        unused += [group for group in ("teacher", "corpus") if group not in fingerprints]
-        if "student" not in settings.recipe.models:
-            unused.append("student")
-        for group in unused:
-            del plain[group]
         plain["precision"] = precision
+    else:
+        plain["teacher_dtype"] = str(teacher_dtype(precision, settings.runtime.teacher_cache))
+    for group in settings.unread_groups:
+        del plain[group]
     plain["inputs"] = fingerprints
     plain["results_version"] = RESULTS_VERSION
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
@@ -93,6 +91,28 @@ def fingerprint_files(files: list[Path], names: bool = False) -> str:
 def fingerprint_text(text: str) -> str:
     """Hash of a text."""
     return xxhash.xxh3_128(text.encode()).hexdigest()
+
+
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Names what a tokenizer does, not the truncation and padding that a call has left in it."""
+    backend = tokenizer.backend_tokenizer
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    content = backend.to_str()
+    if truncation is not None:
+        backend.enable_truncation(**truncation)
+    if padding is not None:
+        backend.enable_padding(**padding)
+    # What the library adds to the backend.
+    around = [
+        tokenizer.model_input_names,
+        tokenizer.special_tokens_map,
+        tokenizer.truncation_side,
+        tokenizer.padding_side,
+        tokenizer.split_special_tokens,
+    ]
+    return fingerprint_text(f"{json.dumps(around, default=str)} {content}")
 
 
 @functools.cache

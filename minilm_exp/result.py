@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,10 @@ class Result:
     def score(self) -> float | None:
         """What a sweep maximises: the mean score, or minus the relation loss without tasks.
 
-        Of the student; where only the teacher was scored, of the teacher.
+        Of the student; of the teacher where there is no student.
         """
-        scores = self.scores or self.teacher_scores
+        is_of_teacher = self.validation_relation_loss is None and not self.scores
+        scores = self.teacher_scores if is_of_teacher else self.scores
         if scores:
             return sum(scores.values()) / len(scores)
         if self.validation_relation_loss is not None:
@@ -64,10 +66,15 @@ class Result:
 
     def write(self) -> None:
         """Writes result.json into the run folder, whole or not at all."""
-        target = Path(self.folder) / "result.json"
-        partial = target.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        partial.replace(target)
+        write_json(Path(self.folder) / "result.json", asdict(self), indent=1)
+
+
+def write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    """Writes a file, whole or not at all."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    text = json.dumps(content, ensure_ascii=False, indent=indent)
+    partial.write_text(f"{text}\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def read_result(folder: Path) -> Result | None:

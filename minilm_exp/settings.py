@@ -246,6 +246,17 @@ class Settings:
         return Path(self.outputs_dir)
 
     @property
+    def unread_groups(self) -> list[str]:
+        """Groups whose values make no difference, because nothing is distilled."""
+        if self.recipe.name != "finetune":
+            return []
+        unread = ["relation_set", "layer_selection", "training"]
+        unread += [group for group in ("teacher", "student") if group not in self.recipe.models]
+        if "next_passage" not in self.tasks:
+            unread.append("corpus")
+        return unread
+
+    @property
     def student_name(self) -> str:
         """The shape, as in the papers."""
         return f"l{self.student.num_layers}h{self.student.hidden_size}"
@@ -291,7 +302,7 @@ def parse(
     else:
         _check_student(settings, student_facts)
         _check_relations(settings)
-    if settings.recipe.name != "finetune" or "next_passage" in settings.tasks:
+    if "corpus" not in settings.unread_groups:
         _check_corpus(settings)
     check_tasks(settings.tasks, settings.task_training, _max_tokens(settings, student_facts))
     _resolve_init(settings)
@@ -301,7 +312,7 @@ def parse(
 def _max_tokens(settings: Settings, student_facts: dict[str, Any] | None) -> int | None:
     """Positions of every model that is fine-tuned."""
     longest = []
-    if settings.recipe.name != "finetune" or "teacher" in settings.recipe.models:
+    if "teacher" not in settings.unread_groups:
         longest.append(settings.teacher.max_tokens)
     if student_facts is not None:
         longest.append(

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from minilm_exp.errors import ExperimentError
+from minilm_exp.errors import ExperimentError, reason_of
 from minilm_exp.qkv import QKVTap
 from minilm_exp.relations import Pair
 from minilm_exp.settings import Student
@@ -258,8 +258,9 @@ def load_checkpoint(
     except ExperimentError:
         raise
     except Exception as error:  # files can be wrong in as many ways as there are loaders
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ExperimentError(f"student.path: {folder} cannot be loaded: {reason}") from error
+        raise ExperimentError(
+            f"student.path: {folder} cannot be loaded: {reason_of(error)}"
+        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ExperimentError(
             f"student.path: {folder} has no fast tokenizer (tokenizer.json); convert it with"

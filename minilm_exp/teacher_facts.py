@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
 
 from minilm_exp.errors import ExperimentError
+from minilm_exp.hub import hub_commit
 
 _NAMES = {
     "num_layers": ("num_hidden_layers", "n_layers", "num_layers"),
@@ -62,38 +62,27 @@ def facts_of(config: dict[str, Any], source: str) -> dict[str, Any]:
 def _read_from_hub(hub_id: str, revision: str | None) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
-    commit = hub_commit(hub_id, revision)
+    commit = model_commit(hub_id, revision)
     try:
         config, _ = PreTrainedConfig.get_config_dict(hub_id, revision=commit)
     except (OSError, ValueError) as error:
-        raise ExperimentError(download_failed(hub_id)) from error
+        raise ExperimentError(no_model(hub_id)) from error
     return config
 
 
-@functools.cache
-def hub_commit(hub_id: str, revision: str | None) -> str:
-    """The commit behind a hub revision; offline, that of an earlier download.
-
-    Asked once a process, so that config, weights and tokenizer are of one commit.
+def model_commit(hub_id: str, revision: str | None) -> str:
+    """The commit behind a model's revision; offline, that of an earlier download.
 
     Raises:
         ExperimentError: The hub does not answer or does not have it, and nothing was downloaded.
     """
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
     try:
-        return str(HfApi().model_info(hub_id, revision=revision, timeout=10).sha)
+        return hub_commit(hub_id, revision, "model")
     except Exception as error:  # the hub client raises many kinds, all meaning the same here
-        try:
-            cached = try_to_load_from_cache(hub_id, "config.json", revision=revision)
-        except ValueError:  # not the form of a hub id
-            cached = None
-        if not isinstance(cached, str):
-            raise ExperimentError(download_failed(hub_id)) from error
-        return Path(cached).parent.name
+        raise ExperimentError(no_model(hub_id)) from error
 
 
-def download_failed(hub_id: str) -> str:
+def no_model(hub_id: str) -> str:
     """What to do when the hub does not answer or does not have a model."""
     return (
         f"{hub_id} is no folder here and cannot be had from the hub (no network, or no such model);"

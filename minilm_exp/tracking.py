@@ -21,8 +21,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
-from minilm_exp.errors import ExperimentError
+from minilm_exp.errors import ExperimentError, reason_of
 from minilm_exp.redaction import redact
+
+# Tag of the runs that `Tracker.child` starts for fine-tunings.
+FINETUNING_KEY = "finetuning_key"
 
 _log = logging.getLogger(__name__)
 _MAX_TAG_LENGTH = 5000
@@ -159,10 +162,9 @@ def start_tracking(
         run_id = client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id
         return Tracker(client, run_id, resumed=False)
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExperimentError(
             redact(
-                f"tracking.uri={uri} cannot be used: {reason[:300]}; check it, or use"
+                f"tracking.uri={uri} cannot be used: {reason_of(error)}; check it, or use"
                 " tracking=local"
             )
         ) from error
@@ -176,7 +178,7 @@ def _exists(client: MlflowClient, run_id: str) -> bool:
 
 
 def end_interrupted(uri: str, run_id: str) -> None:
-    """Marks a run, and runs below it, as KILLED that a process left behind when it was killed."""
+    """Marks a run and its fine-tunings as KILLED that a killed process left as running."""
     client = MlflowClient(tracking_uri=uri)
     if not _exists(client, run_id):
         return
@@ -187,5 +189,10 @@ def end_interrupted(uri: str, run_id: str) -> None:
 
 
 def _children(client: MlflowClient, run: Run) -> list[Run]:
+    """The run's own fine-tunings; what else stands below it belongs to another process."""
     below = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run.info.run_id}'"
-    return list(client.search_runs([run.info.experiment_id], below))
+    return [
+        child
+        for child in client.search_runs([run.info.experiment_id], below)
+        if FINETUNING_KEY in child.data.tags
+    ]

@@ -523,6 +523,7 @@ ALIKE = {
     "more seeds": {"num_seeds": 1},
     "default written out": {"learning_rate": 1e-3},
     "kept": {"keep_models": False},
+    "limits above the data": {"max_train_examples": 1000, "max_validation_examples": 1000},
 }
 
 

@@ -12,9 +12,10 @@ import pytest
 from datasets import Dataset
 
 from minilm_exp.errors import ExperimentError
+from minilm_exp.provenance import fingerprint_tokenizer
 from minilm_exp.task_settings import TaskSettings
 from minilm_exp.tasks import encode as encode_module
-from minilm_exp.tasks.encode import encode, fingerprint_tokenizer
+from minilm_exp.tasks.encode import encode
 from minilm_exp.tasks.examples import Examples
 from minilm_exp.tasks.spans import encode_evaluation_windows, encode_training_windows
 

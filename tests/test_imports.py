@@ -11,7 +11,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Later files may import earlier ones, never the other way.
 ORDER = [
-    "errors", "redaction", "teacher_facts", "task_settings", "settings", "precision", "provenance",
+    "errors", "redaction", "hub", "teacher_facts", "task_settings", "settings", "precision",
+    "provenance",
     "relations_block", "relations_triton", "relations", "attention", "qkv", "teacher", "student",
     "documents", "corpus", "shuffle", "teacher_cache", "progress", "profiling", "distil",
     "tasks.examples", "tasks.splits", "tasks.tables", "tasks.data",

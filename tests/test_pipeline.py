@@ -1,6 +1,7 @@
 """What the pipeline does around a run, and runs that only fine-tune."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow
@@ -11,6 +12,7 @@ from pyarrow import parquet
 from minilm_exp import downstream
 from minilm_exp.errors import ExperimentError
 from minilm_exp.pipeline import run_experiment
+from minilm_exp.result import Result
 
 pytestmark = pytest.mark.usefixtures("quick_collection")
 
@@ -21,8 +23,9 @@ pytestmark = pytest.mark.usefixtures("quick_collection")
         (["teacher=bert_base"], "teacher.path"),
         (["runtime=gpu"], "runtime=cpu"),
         (["task=mrpc", "data_root=/nowhere"], "data_root=/nowhere"),
+        (["baseline=bert_base", "baseline.model_type=bird"], "baseline.model_type=bird"),
     ],
-    ids=["teacher out of reach", "no such device", "no data"],
+    ids=["teacher out of reach", "no such device", "no data", "no such architecture"],
 )
 def test_run_that_cannot_start_is_recorded(overrides, message, settings_for):
     """A failed run that nobody sees in the comparison."""
@@ -192,6 +195,37 @@ def test_speed_is_measured_beside_the_baseline(finetuning):
     assert result.speedup > 0
     assert set(result.parameters) == {"teacher", "baseline"}
     assert result.parameters["baseline"]["embedding"] == 50 * 24
+
+
+def test_checkpoint_of_a_random_teacher_is_not_meaningful(
+    finetuning, tiny_teacher_folder, tmp_path
+):
+    """A fine-tuned smoke run that stands among results."""
+    folder = tmp_path / "a run"
+    shutil.copytree(tiny_teacher_folder, folder / "student")
+    made_by = Result("0" * 32, "a key", "FINISHED", str(folder), meaningful=False)
+    made_by.write()
+    result = run_experiment(finetuning("task=mrpc", "seed=17", f"student.path={folder}/student"))
+    assert not result.meaningful
+
+
+def test_params_are_those_that_were_read(finetuning, outputs):
+    """Columns of the comparison that show settings of a distillation that did not happen."""
+    result = run_experiment(finetuning("task=mrpc", "seed=18"))
+    client = MlflowClient(tracking_uri=f"sqlite:///{outputs}/mlflow.db")
+    groups = {name.split(".")[0] for name in client.get_run(result.run_id).data.params}
+    assert groups == {"baseline", "precision", "recipe", "seed", "student", "task_training",
+                      "tasks"}  # fmt: skip
+
+
+def test_score_of_a_distillation_is_never_the_teachers():
+    """A sweep over relations that maximises what no relation changes."""
+    result = Result("id", "key", "RUNNING", "folder", True, teacher_scores={"mrpc": 0.9})
+    assert result.score == 0.9
+    result.validation_relation_loss = 0.3
+    assert result.score == -0.3
+    result.scores["mrpc"] = 0.8
+    assert result.score == 0.8
 
 
 def test_corpus_gives_its_task_without_distilling(finetuning, tmp_path):

@@ -133,7 +133,8 @@ def test_another_task_is_another_run(settings):
 
 def of_finetuning(settings, *models):
     recipe = Recipe("finetune", list(models), True)
-    return dataclasses.replace(settings, recipe=recipe)
+    tasks = {name: task for name, task in settings.tasks.items() if name != "next_passage"}
+    return dataclasses.replace(settings, recipe=recipe, tasks=tasks)
 
 
 def finetuning_key(settings, inputs, precision="fp32"):
@@ -159,6 +160,7 @@ def test_distillation_does_not_count_where_there_is_none(settings):
 
 def test_fine_tuned_teacher_counts_and_the_corpus_where_it_is_read(settings):
     """One teacher's scores for another, or a task made from one corpus for that from another."""
+    tasks = settings.tasks
     settings = of_finetuning(settings, "teacher")
     inputs = ["student", "teacher", "task.mnli"]
     key = finetuning_key(settings, inputs)
@@ -166,8 +168,12 @@ def test_fine_tuned_teacher_counts_and_the_corpus_where_it_is_read(settings):
     assert finetuning_key(other, inputs) != key
     other = with_value(settings, "corpus.block_length", 64)
     assert finetuning_key(other, inputs) == key
+    both = [
+        dataclasses.replace(one, tasks=one.tasks | {"next_passage": tasks["next_passage"]})
+        for one in (settings, other)
+    ]
     with_corpus = [*inputs, "corpus"]
-    assert finetuning_key(other, with_corpus) != finetuning_key(settings, with_corpus)
+    assert finetuning_key(both[0], with_corpus) != finetuning_key(both[1], with_corpus)
 
 
 def test_student_does_not_count_where_the_teacher_alone_is_fine_tuned(settings):

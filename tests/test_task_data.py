@@ -15,6 +15,7 @@ from datasets import Dataset
 from pyarrow import parquet
 
 from minilm_exp.errors import ExperimentError
+from minilm_exp.hub import hub_commit
 from minilm_exp.task_settings import Files, parse_tasks
 from minilm_exp.tasks import splits as splits_module
 from minilm_exp.tasks import tables as tables_module
@@ -1054,7 +1055,9 @@ def hub(monkeypatch):
         assert list(named) == ["data_dir", "split", "revision"]
         return Dataset.from_dict(columns)
 
-    monkeypatch.setattr(splits_module, "_hub_commit", lambda *given: f"commit of {given}")
+    monkeypatch.setattr(
+        splits_module, "hub_commit", lambda hub_id, revision, _: f"commit of {hub_id, revision}"
+    )
     monkeypatch.setattr(tables_module, "load_dataset", load_dataset)
     return asked
 
@@ -1110,9 +1113,9 @@ def test_hub_data_that_do_not_load(hub, task_of, monkeypatch):
 def hub_cache(monkeypatch, tmp_path):
     """The folder of glue in an empty cache of the hub's client; commits are asked for anew."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    splits_module._hub_commit.cache_clear()
+    hub_commit.cache_clear()
     yield tmp_path / "datasets--nyu-mll--glue"
-    splits_module._hub_commit.cache_clear()
+    hub_commit.cache_clear()
 
 
 def test_commit_of_an_earlier_download(hub_cache, task_of):
@@ -1134,8 +1137,8 @@ def test_download_leaves_its_commit_behind(hub_cache, task_of, monkeypatch):
     asked = []
     monkeypatch.setattr(
         huggingface_hub.HfApi,
-        "dataset_info",
-        lambda *_, revision, timeout: types.SimpleNamespace(sha=f"commit of {revision}"),
+        "repo_info",
+        lambda *_, revision, **__: types.SimpleNamespace(sha=f"commit of {revision}"),
     )
     monkeypatch.setattr(
         huggingface_hub, "hf_hub_download", lambda *given, **named: asked.append((given, named))

@@ -13,7 +13,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 
 from minilm_exp.errors import ExperimentError
-from minilm_exp.provenance import fingerprint_files, fingerprint_text
+from minilm_exp.provenance import fingerprint_files, fingerprint_text, fingerprint_tokenizer
 from minilm_exp.task_settings import TaskSettings
 from minilm_exp.tasks.examples import Examples
 from minilm_exp.tasks.spans import encode_evaluation_windows, encode_training_windows
@@ -86,28 +86,6 @@ def encode(
             )
             digest.write_text(fingerprint_files([file]), "utf-8")
         return Dataset.from_file(str(file))
-
-
-def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Names what a tokenizer does, not the truncation and padding that a call has left in it."""
-    backend = tokenizer.backend_tokenizer
-    truncation, padding = backend.truncation, backend.padding
-    backend.no_truncation()
-    backend.no_padding()
-    content = backend.to_str()
-    if truncation is not None:
-        backend.enable_truncation(**truncation)
-    if padding is not None:
-        backend.enable_padding(**padding)
-    # What the library adds to the backend.
-    around = [
-        tokenizer.model_input_names,
-        tokenizer.special_tokens_map,
-        tokenizer.truncation_side,
-        tokenizer.padding_side,
-        tokenizer.split_special_tokens,
-    ]
-    return fingerprint_text(f"{json.dumps(around, default=str)} {content}")
 
 
 def _check_room(examples: Examples, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:

@@ -29,6 +29,11 @@ class Examples:
         return Examples(self.rows.select(chosen), f"{self.fingerprint} {number}")
 
 
+def part_name(split: str, part: str) -> str:
+    """One name for a part of a split: test_de, or test for the only part."""
+    return f"{split}_{part}" if part else split
+
+
 @dataclass(frozen=True)
 class TaskData:
     """Examples to train on and to score on.

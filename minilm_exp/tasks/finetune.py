@@ -36,7 +36,7 @@ from minilm_exp.settings import Runtime
 from minilm_exp.student import set_dropout
 from minilm_exp.task_settings import AnyTask, Task, TaskSettings
 from minilm_exp.tasks.encode import encode
-from minilm_exp.tasks.examples import Examples, TaskData
+from minilm_exp.tasks.examples import Examples, TaskData, part_name
 from minilm_exp.tasks.metrics import combine_parts, score_part
 from minilm_exp.tasks.spans import Answer, best_answers
 
@@ -160,7 +160,7 @@ def finetune(
     if data.test:
         scores, found = _evaluate(job, model, tokenizer, _parts(job, data.test, tokenizer), title)
         metrics |= {f"test_{name}": value for name, value in scores.items()}
-        predictions |= {f"test_{part}".rstrip("_"): values for part, values in found.items()}
+        predictions |= {part_name("test", part): values for part, values in found.items()}
     if keep_in is not None:
         model.save_pretrained(keep_in)
         tokenizer.save_pretrained(keep_in)

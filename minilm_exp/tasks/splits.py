@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from minilm_exp.errors import ExperimentError
+from minilm_exp.errors import ExperimentError, reason_of
+from minilm_exp.hub import hub_commit
 from minilm_exp.provenance import fingerprint_files, fingerprint_text
 from minilm_exp.settings import matching_files
 from minilm_exp.task_settings import HubData, Task
@@ -152,7 +151,7 @@ def _find(name: str, data_root: str | None, data: HubData, split: str, language:
         for value in (data.hub_config, data.hub_folder)
     )
     try:
-        commit = _hub_commit(data.hub_id, data.revision)
+        commit = hub_commit(data.hub_id, data.revision, "dataset")
     except Exception as error:  # the hub client raises many kinds, all meaning the same here
         raise ExperimentError(not_to_be_had(name, data.hub_id, folder, error)) from error
     return Split(f"tasks.{name}", split, (), data.hub_id, config, hub_folder, commit, folder)
@@ -183,25 +182,6 @@ def _local_files(
     return files
 
 
-@functools.cache
-def _hub_commit(hub_id: str, revision: str | None) -> str:
-    """The commit behind a data set's revision; offline, that of an earlier download."""
-    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError
-
-    readme: dict[str, Any] = {"filename": "README.md", "revision": revision, "repo_type": "dataset"}
-    try:
-        commit = HfApi().dataset_info(hub_id, revision=revision, timeout=10).sha
-    except Exception:
-        cached = try_to_load_from_cache(hub_id, **readme)
-        if not isinstance(cached, str):
-            raise
-        return Path(cached).parent.name
-    with contextlib.suppress(EntryNotFoundError):
-        hf_hub_download(hub_id, **readme)  # leaves behind what answers the question offline
-    return str(commit)
-
-
 def not_to_be_had(name: str, hub_id: str, folder: str, error: Exception) -> str:
     """What to do when the hub does not answer or does not have a data set."""
     return (
@@ -209,11 +189,6 @@ def not_to_be_had(name: str, hub_id: str, folder: str, error: Exception) -> str:
         f" data set, config or split): set data_root=DIR, where DIR/{folder}/ holds its splits as"
         f" parquet files ({reason_of(error)})"
     )
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of an error."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _user_files(name: str, task: Task, with_test: bool) -> Splits:

@@ -15,9 +15,9 @@ import pyarrow
 from datasets import load_dataset
 from pyarrow import parquet
 
-from minilm_exp.errors import ExperimentError
+from minilm_exp.errors import ExperimentError, reason_of
 from minilm_exp.task_settings import Task
-from minilm_exp.tasks.splits import Split, not_to_be_had, reason_of
+from minilm_exp.tasks.splits import Split, not_to_be_had
 
 
 @dataclass(frozen=True)
