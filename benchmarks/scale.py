@@ -18,6 +18,7 @@ from benchmarks.naive import NaiveDistiller, padded_batches
 from minilm_exp.corpus import fingerprint_corpus, prepare_corpus
 from minilm_exp.distil import distil
 from minilm_exp.documents import read_documents, sentences
+from minilm_exp.objectives import build_objective
 from minilm_exp.precision import resolve_precision
 from minilm_exp.settings import Corpus, Settings, parse
 from minilm_exp.student import build_student
@@ -105,6 +106,7 @@ class WholeTraining:
             chosen,
             teacher,
             student,
+            build_objective(chosen, teacher, student),
             self.tokenizer,
             self.corpus,
             resolve_precision(training.precision, "cpu"),

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from benchmarks.naive import NaiveDistiller, relation_loss
-from minilm_exp.distil import RelationDistiller
-from minilm_exp.qkv import QKVTap
+from minilm_exp.distil import Distiller
+from minilm_exp.objectives import Objective, Relations
 from minilm_exp.relations import Pair
 from minilm_exp.relations import relation_loss as block_loss
+from minilm_exp.states import StateTap, qkv_states
 from minilm_exp.student import untrained_parameters
 from minilm_exp.teacher_cache import Plan, TeacherCaches
 
@@ -85,9 +86,7 @@ def make_step(
     elif variant == "floor":
         step = _floor(teacher, student)
     else:
-        step = _ours(
-            RelationDistiller(teacher, student, size.teacher[0], PAIRS, size.num_relation_heads)
-        )
+        step = _ours(Distiller(teacher, student, _objective(size)))
 
     def run(input_ids: Tensor, attention_mask: Tensor) -> None:
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
@@ -110,8 +109,14 @@ def _floor(teacher: BertModel, student: BertModel) -> Step:
     return step
 
 
-def _ours(distiller: RelationDistiller) -> Step:
-    untrained = set(untrained_parameters(distiller.student, PAIRS))
+def _objective(size: Size) -> Objective:
+    layers = [(size.teacher[0], size.student[0])]
+    relations = Relations(layers, PAIRS, size.num_relation_heads)
+    return Objective({"relations": relations}, {"relations": 1.0})
+
+
+def _ours(distiller: Distiller) -> Step:
+    untrained = set(untrained_parameters(distiller.student))
     trained = [
         p for name, p in distiller.student.encoder.named_parameters() if name not in untrained
     ]
@@ -146,12 +151,10 @@ def make_cached_step(size: Size, cached: bool, precision: str) -> tuple[Step, Te
         if cached
         else None
     )
-    distiller = RelationDistiller(
+    distiller = Distiller(
         teacher,
         student,
-        size.teacher[0],
-        PAIRS,
-        size.num_relation_heads,
+        _objective(size),
         teacher_dtype=torch.bfloat16 if precision == "bf16" or cached else torch.float32,
         caches=caches,
     )
@@ -200,7 +203,7 @@ def cut_and_whole(size: Size) -> dict[str, Callable[[], None]]:
     input_ids, _ = batch(size)
     whole = {"teacher": build(*size.teacher).eval(), "student": build(*size.student)}
     cut = {
-        name: QKVTap(copy.deepcopy(model), model.config.num_hidden_layers)
+        name: StateTap(copy.deepcopy(model), qkv_states(model.config.num_hidden_layers))
         for name, model in whole.items()
     }
 

@@ -1,4 +1,4 @@
-"""Distillation of one teacher layer into the student's last, on transformers' Trainer."""
+"""Distillation of a teacher into a student, on transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from transformers import (
 
 from minilm_exp.corpus import PreparedCorpus
 from minilm_exp.errors import ExperimentError
+from minilm_exp.objectives import Objective
 from minilm_exp.precision import teacher_dtype
 from minilm_exp.profiling import FORWARD_AND_BACKWARD, LOSS, STUDENT, TEACHER, StepProfiler
 from minilm_exp.progress import TokenProgress
-from minilm_exp.qkv import QKVTap
-from minilm_exp.relations import Pair, relation_losses
 from minilm_exp.settings import Settings
 from minilm_exp.shuffle import ShuffleSampler
-from minilm_exp.student import layers_of, untrained_parameters
+from minilm_exp.states import State, StateTap, layers_of, qkv_states
+from minilm_exp.student import untrained_parameters
 from minilm_exp.teacher_cache import TeacherCaches
 
 LogMetrics = Callable[[dict[str, float], int], None]
@@ -41,41 +41,36 @@ LogMetrics = Callable[[dict[str, float], int], None]
 _WHOLE = "whole.json"
 
 
-class RelationDistiller(nn.Module):
-    """Teacher and student side by side, both run up to their distilled layers only.
+class Distiller(nn.Module):
+    """Teacher and student side by side, both run no further than the objective needs.
 
     The teacher is no submodule: it stays in evaluation mode, gets no optimiser state and is in no
     checkpoint.
 
     Args:
-        teacher: Frozen encoder.
-        student: Encoder that is trained.
-        teacher_layer: Counted from 1.
-        pairs: Relations, as pairs of state names.
-        num_relation_heads: Number of parts of each state.
-        relation_kernel: How the loss is computed, see `relation_loss`.
+        teacher: Frozen model.
+        student: Model that is trained.
+        objective: What is minimised; its linear maps are trained too.
         teacher_dtype: What the teacher's states are rounded to, cached or not.
-        caches: Of the teacher's states, for the parts "train" and "validation"; without them the
-            teacher runs each time.
+        caches: Of the query, key and value of the one teacher layer that the objective needs, for
+            the parts "train" and "validation"; without them the teacher runs each time.
     """
 
     def __init__(
         self,
         teacher: PreTrainedModel,
         student: PreTrainedModel,
-        teacher_layer: int,
-        pairs: list[Pair],
-        num_relation_heads: int,
-        relation_kernel: str = "auto",
+        objective: Objective,
         teacher_dtype: torch.dtype = torch.float32,
         caches: TeacherCaches | None = None,
     ) -> None:
         super().__init__()
-        self._teacher = (QKVTap(teacher, teacher_layer),)
-        self.student = QKVTap(student, student.config.num_hidden_layers)
-        self.pairs = pairs
-        self.num_relation_heads = num_relation_heads
-        self.relation_kernel = relation_kernel
+        wanted = objective.teacher_states
+        if caches is not None:
+            wanted = set(qkv_states(next(iter(wanted)).layer))
+        self._teacher = (StateTap(teacher, wanted),)
+        self.student = StateTap(student, objective.student_states)
+        self.objective = objective
         self.teacher_dtype = teacher_dtype
         self.caches = caches
         self._compiled: list[nn.Module] = []
@@ -87,7 +82,7 @@ class RelationDistiller(nn.Module):
         index: Tensor | None = None,
         return_loss: bool = True,
     ) -> dict[str, Tensor]:
-        """The summed loss, and the loss of each relation in the order of `pairs`.
+        """The loss, and `terms`: those of `objective.names` without weight, and the loss again.
 
         `index` numbers the examples in their part: training's in training mode, else validation's.
         """
@@ -96,42 +91,44 @@ class RelationDistiller(nn.Module):
         with record_function(STUDENT):
             student_states = self.student(input_ids=input_ids, attention_mask=attention_mask)
         with record_function(LOSS):
-            loss, losses_P = relation_losses(
-                teacher_states,
-                student_states,
-                self.pairs,
-                self.num_relation_heads,
-                attention_mask,
-                self.relation_kernel,
-            )
-        return {"loss": loss, "relation_losses": losses_P}
+            loss, terms_T = self.objective(teacher_states, student_states, attention_mask)
+        return {"loss": loss, "terms": torch.cat([terms_T, loss.detach()[None]])}
 
     @torch.no_grad()
     def _teacher_states(
         self, input_ids: Tensor, attention_mask: Tensor | None, index: Tensor | None
-    ) -> dict[str, Tensor]:
-        def run_teacher(rows: Tensor | slice) -> dict[str, Tensor]:
+    ) -> dict[State, Tensor]:
+        def run_teacher(rows: Tensor | slice) -> dict[State, Tensor]:
             mask = None if attention_mask is None else attention_mask[rows]
             return self._teacher[0](input_ids=input_ids[rows], attention_mask=mask)
 
         if self.caches is None or index is None:
             states = run_teacher(slice(None))
-            return {name: state.to(self.teacher_dtype) for name, state in states.items()}
+            return {state: tensor.to(self.teacher_dtype) for state, tensor in states.items()}
         cache = self.caches.train if self.training else self.caches.validation
-        names = sorted({name for pair in self.pairs for name in pair})
-        return cache.states(index, names, attention_mask, run_teacher)
+        wanted = {state.name: state for state in self.objective.teacher_states}
+
+        def run_by_name(rows: Tensor | slice) -> dict[str, Tensor]:
+            return {state.name: tensor for state, tensor in run_teacher(rows).items()}
+
+        cached = cache.states(index, sorted(wanted), attention_mask, run_by_name)
+        return {wanted[name]: tensor for name, tensor in cached.items()}
 
     def compile_layers(self) -> None:
-        """Has torch.compile translate the layers below the tapped ones, all but their attention."""
+        """Has torch.compile translate the layers below the first tapped ones, not their attention.
+
+        A tapped layer may be left before its end.
+        """
         for tap in (*self._teacher, self.student):
-            self._compiled += layers_of(tap.encoder)[: tap.layer - 1]
+            lowest = min(state.layer for state in tap.wanted)
+            self._compiled += layers_of(tap.encoder)[: max(lowest - 1, 0)]
         # Else dropout would draw other units than without compiling.
         torch._inductor.config.fallback_random = True
         for layer in self._compiled:
             layer.compile()
 
     def close(self) -> None:
-        """Gives teacher and student back as plain encoders."""
+        """Gives teacher and student back as plain models."""
         for layer in self._compiled:
             layer._compiled_call_impl = None  # there is no public way back
         self._teacher[0].close()
@@ -142,6 +139,7 @@ def distil(
     settings: Settings,
     teacher: PreTrainedModel,
     student: PreTrainedModel,
+    objective: Objective,
     tokenizer: PreTrainedTokenizerFast,
     corpus: PreparedCorpus,
     precision: str,
@@ -153,9 +151,10 @@ def distil(
     """Trains the student in place and returns its final validation losses.
 
     Args:
-        settings: The run; training, runtime, relation_set, layer_selection and seed are used.
-        teacher: Frozen encoder.
-        student: Encoder that is trained. What the loss cannot reach keeps its weights.
+        settings: The run; training, runtime and seed are used.
+        teacher: Frozen model.
+        student: Model that is trained. What the loss cannot reach keeps its weights.
+        objective: What is minimised, made for these two.
         tokenizer: For padding, where the corpus is not packed.
         corpus: Blocks to train on and held-out ones.
         precision: fp32 or bf16.
@@ -166,8 +165,8 @@ def distil(
         profile_folder: Where a trace of a few steps is written, if anywhere.
 
     Returns:
-        Relation loss in nats by relation ("query-query") and their sum ("total"), on the held-out
-        blocks.
+        Of the held-out blocks the mean of each of `objective.names` ("query-query"), and of the
+        whole objective ("total").
 
     Raises:
         ExperimentError: Fewer blocks than a batch, or a loss that is not finite.
@@ -181,20 +180,15 @@ def distil(
         )
     for encoder in (teacher, student):
         torch.nn.Module.to(encoder, settings.runtime.device)
-    distiller = RelationDistiller(
+    objective.to(settings.runtime.device)
+    distiller = Distiller(
         teacher,
         student,
-        settings.layer_selection.teacher_layer,
-        settings.relation_set.state_pairs,
-        settings.relation_set.num_relation_heads,
-        settings.runtime.relation_kernel,
+        objective,
         teacher_dtype(precision, settings.runtime.teacher_cache),
         caches,
     )
-    untrained = [
-        student.get_parameter(name)
-        for name in untrained_parameters(distiller.student, distiller.pairs)
-    ]
+    untrained = [student.get_parameter(name) for name in untrained_parameters(distiller.student)]
     for parameter in untrained:
         parameter.requires_grad_(False)
     trainer = _DistillationTrainer(
@@ -237,9 +231,9 @@ class _DistillationTrainer(Trainer):
         self._sums: Tensor | None = None
         self._num_summed = 0
         self._evaluated: tuple[int, dict[str, float]] | None = None
-        distiller: RelationDistiller = arguments["model"]
+        distiller: Distiller = arguments["model"]
         self._distiller = distiller
-        self._names = [f"{first}-{second}" for first, second in distiller.pairs]
+        self._names = [*distiller.objective.names, "total"]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> ShuffleSampler:
         """Whole steps only, so that an epoch's end is the same for every micro-batch size."""
@@ -263,13 +257,13 @@ class _DistillationTrainer(Trainer):
         loss = outputs["loss"]
         if not torch.isfinite(loss):
             raise ExperimentError(
-                f"the relation loss is {loss.item()} at step {self.state.global_step + 1}: lower"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower"
                 " training.learning_rate, raise training.warmup_steps, or set"
                 " training.precision=fp32"
             )
         if model.training:
-            losses_P = outputs["relation_losses"]
-            self._sums = losses_P if self._sums is None else self._sums + losses_P
+            terms_T = outputs["terms"]
+            self._sums = terms_T if self._sums is None else self._sums + terms_T
             self._num_summed += 1
         return (loss, outputs) if return_outputs else loss
 
@@ -280,13 +274,12 @@ class _DistillationTrainer(Trainer):
         means = (self._sums / self._num_summed).tolist()
         self._sums, self._num_summed = None, 0
         metrics = {f"distill/loss/{name}": mean for name, mean in zip(self._names, means)}
-        metrics["distill/loss/total"] = sum(means)
         metrics["distill/learning_rate"] = logs["learning_rate"]
         metrics["distill/gradient_norm"] = float(logs["grad_norm"])
         self._log_metrics(metrics, self.state.global_step)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        losses = self.relation_losses_on(self.eval_dataset)
+        losses = self.losses_on(self.eval_dataset)
         self._evaluated = self.state.global_step, losses
         self._log_metrics(
             {f"distill/validation/{name}": value for name, value in losses.items()},
@@ -302,11 +295,11 @@ class _DistillationTrainer(Trainer):
         """Validation losses after the last step; taken anew where it was not evaluated."""
         if self._evaluated is not None and self._evaluated[0] == self.state.global_step:
             return self._evaluated[1]
-        return self.relation_losses_on(self.eval_dataset)
+        return self.losses_on(self.eval_dataset)
 
     @torch.no_grad()
-    def relation_losses_on(self, examples: Any) -> dict[str, float]:
-        """Mean over sequences of each relation's loss, and their sum."""
+    def losses_on(self, examples: Any) -> dict[str, float]:
+        """Mean over sequences of each term, and of the whole."""
         model = self._distiller.eval()
         loader = DataLoader(
             examples,
@@ -322,14 +315,14 @@ class _DistillationTrainer(Trainer):
             with self.compute_loss_context_manager():
                 outputs = model(**inputs)
             count = len(batch["input_ids"])
-            sums += outputs["relation_losses"].cpu().double() * count
+            sums += outputs["terms"].cpu().double() * count
             num_sequences += count
         model.train()
         means = (sums / num_sequences).tolist()
-        losses = dict(zip(self._names, means)) | {"total": sum(means)}
+        losses = dict(zip(self._names, means))
         if not numpy.isfinite(losses["total"]):
             raise ExperimentError(
-                f"the validation relation loss is {losses['total']} after step"
+                f"the validation loss is {losses['total']} after step"
                 f" {self.state.global_step}: lower training.learning_rate"
             )
         return losses

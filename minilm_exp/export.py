@@ -55,7 +55,7 @@ def write_model_card(
     rows = [
         (f"speedup over {result.baseline}", f"x{result.speedup:.2f}"),
         ("parameters without pooler", f"{result.parameters['student']['total']:,}"),
-        ("validation relation loss (nats)", f"{result.validation_relation_loss:.4f}"),
+        ("validation loss", f"{result.validation_loss:.4f}"),
     ]
     for role, name in (
         ("student", "this student"),
@@ -83,10 +83,9 @@ tags: [minilm, distillation, feature-extraction]
 
 # {settings.student_name} distilled from {teacher.name}
 {warning}
-A {student.num_layers} x {student.hidden_size} {teacher.model_type} encoder, distilled by
-self-attention relations ({settings.relation_set.name}, {settings.relation_set.num_relation_heads}
-relation heads) from layer {settings.layer_selection.teacher_layer} of {teacher.num_layers} of
-{teacher.name} ({teacher.hub_id or teacher.package or teacher.path or "random weights"}).
+A {student.num_layers} x {student.hidden_size} {teacher.model_type} encoder, distilled from
+{teacher.name} ({teacher.hub_id or teacher.package or teacher.path or "random weights"}) by
+{_method(settings)}.
 
 - Data: {data}
 - Steps: {settings.training.max_steps} of {settings.training.batch_size} sequences of
@@ -98,13 +97,7 @@ relation heads) from layer {settings.layer_selection.teacher_layer} of {teacher.
 """
         + "".join(f"| {name} | {value} |\n" for name, value in rows)
         + f"""
-## Fine-tune before use
-
-The relation loss ends at the last layer's query, key and value. The rest of the last layer was
-**not trained** by the distillation and has its first weights; outputs of this checkpoint as it is
-(for example as sentence embeddings) are not meaningful before fine-tuning. Untrained parameters:
-{", ".join(f"`{name}`" for name in untrained)}.
-
+{_warning(untrained)}
 ## Use
 
 ```python
@@ -121,3 +114,27 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 """
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _method(settings: Settings) -> str:
+    objective = settings.objective
+    if objective.name != "minilmv2":
+        return f"the objective {objective.name} ({', '.join(objective.terms)})"
+    relations, layer = settings.relation_set, settings.layer_selection.teacher_layer
+    return (
+        f"self-attention relations ({relations.name}, {relations.num_relation_heads} relation"
+        f" heads) of its layer {layer} of {settings.teacher.num_layers}"
+    )
+
+
+def _warning(untrained: list[str]) -> str:
+    layers = [name for name in untrained if "pooler" not in name]
+    if not layers:
+        return ""
+    return f"""## Fine-tune before use
+
+The objective does not reach all of the model. These parameters were **not trained** by the
+distillation and have their first weights; outputs of this checkpoint as it is (for example as
+sentence embeddings) are not meaningful before fine-tuning:
+{", ".join(f"`{name}`" for name in untrained)}.
+"""

@@ -19,6 +19,7 @@ from minilm_exp.distil import distil
 from minilm_exp.downstream import Model, Scoring, find_tasks, load_tasks
 from minilm_exp.errors import ExperimentError
 from minilm_exp.export import save_student, write_model_card
+from minilm_exp.objectives import Objective, build_objective
 from minilm_exp.plots import loss_curves
 from minilm_exp.precision import resolve_precision
 from minilm_exp.provenance import (
@@ -30,13 +31,13 @@ from minilm_exp.provenance import (
     run_key,
     versions,
 )
-from minilm_exp.qkv import QKVTap, state_size
 from minilm_exp.redaction import redact
 from minilm_exp.relations import resolve_kernel
 from minilm_exp.result import Result, read_result
 from minilm_exp.run_folder import choose_folder, finished_run, occupied, run_name
 from minilm_exp.settings import Settings, as_dict, flatten
 from minilm_exp.speed import measure_speedup
+from minilm_exp.states import QKV, State, StateTap, state_size
 from minilm_exp.student import (
     build_student,
     count_parameters,
@@ -169,21 +170,20 @@ def _distil_and_score(
         )
     tasks = _load_tasks(settings, splits, corpus, tracker)
 
-    layer = settings.layer_selection.teacher_layer
-    caches = _open_caches(
-        settings,
-        corpus,
-        precision,
-        inputs["teacher"],
-        state_size(teacher, layer),
-        grid,
-        tracker,
-    )
+    objective = build_objective(settings, teacher, student)
+    caches = None
+    layer = _cached_layer(settings, objective, tracker)
+    if layer is not None:
+        size = state_size(teacher, State("query", layer))
+        caches = _open_caches(
+            settings, corpus, precision, inputs["teacher"], layer, size, grid, tracker
+        )
     try:
         losses = distil(
             settings,
             teacher,
             student,
+            objective,
             tokenizer,
             corpus,
             precision,
@@ -195,8 +195,8 @@ def _distil_and_score(
     finally:
         if caches is not None:
             caches.close()
-    result.validation_relation_losses = losses
-    result.validation_relation_loss = losses["total"]
+    result.validation_losses = losses
+    result.validation_loss = losses["total"]
     tracker.log_metrics(
         {f"distill/final/{name}": value for name, value in losses.items()},
     )
@@ -207,7 +207,8 @@ def _distil_and_score(
     models = {role: Model(encoder, tokenizer) for role, encoder in encoders.items()}
     _measure(settings, models, tracker, result)
     _score(settings, tasks, models, scoring, result)
-    write_model_card(folder / "student", settings, result, _untrained(settings, student))
+    untrained = _untrained(student, objective.student_states)
+    write_model_card(folder / "student", settings, result, untrained)
 
 
 def _score_checkpoint(
@@ -261,11 +262,12 @@ def _open_caches(
     corpus: PreparedCorpus,
     precision: str,
     teacher_fingerprint: str,
+    layer: int,
     hidden_size: int,
     grid: tuple[int, int],
     tracker: Tracker,
 ) -> TeacherCaches | None:
-    """The caches of the teacher's states, or None where they are not wanted."""
+    """The caches of the states of a teacher layer, or None where they are not wanted."""
     training, runtime = settings.training, settings.runtime
     validation = corpus.validation.spread(training.evaluation_sequences)
     root = settings.outputs / "cache" / "teacher"
@@ -276,7 +278,7 @@ def _open_caches(
     limit_bytes = runtime.teacher_cache_gb * 1e9
     key = fingerprint_text(
         f"{CACHE_VERSION} {RESULTS_VERSION} {teacher_fingerprint} {corpus.fingerprint} {precision}"
-        f" {settings.layer_selection.teacher_layer}"
+        f" {layer}"
     )
     plan = plan_teacher_cache(
         runtime.teacher_cache,
@@ -303,6 +305,21 @@ def _open_caches(
     _log.info("teacher cache %s: %s", state, reason)
     tracker.set_tags({"teacher_cache": f"{state}: {reason}"})
     return caches
+
+
+def _cached_layer(settings: Settings, objective: Objective, tracker: Tracker) -> int | None:
+    """The one teacher layer whose query, key and value are all that is needed, or None."""
+    layers = {state.layer for state in objective.teacher_states}
+    if len(layers) == 1 and all(state.name in QKV for state in objective.teacher_states):
+        return layers.pop()
+    if settings.runtime.teacher_cache == "true":
+        raise ExperimentError(
+            "runtime.teacher_cache=true: what can be cached is query, key and value of one teacher"
+            f" layer, and objective={settings.objective.name} needs more; set"
+            " runtime.teacher_cache=auto"
+        )
+    tracker.set_tags({"teacher_cache": "off: the objective needs more than one layer's states"})
+    return None
 
 
 def _load_tasks(
@@ -404,10 +421,13 @@ def _params(settings: Settings) -> dict[str, Any]:
         short |= {
             "teacher": settings.teacher.name,
             "student": settings.student_name,
-            "relations": settings.relation_set.name,
-            "num_relation_heads": settings.relation_set.num_relation_heads,
             "teacher_layer": settings.layer_selection.teacher_layer,
         }
+        if settings.objective.reads_relation_set:
+            short |= {
+                "relations": settings.relation_set.name,
+                "num_relation_heads": settings.relation_set.num_relation_heads,
+            }
     left_out = {"runtime", "tracking", "outputs_dir", "data_root", "resume", "rerun", "profile"}
     left_out |= set(settings.unread_groups)
     # Each fine-tuning is a run that names its own settings.
@@ -481,10 +501,10 @@ def _record_failure(tracker: Tracker, result: Result, error: BaseException) -> N
     tracker.fail(error)
 
 
-def _untrained(settings: Settings, student: PreTrainedModel) -> list[str]:
-    tap = QKVTap(student, student.config.num_hidden_layers)
+def _untrained(student: PreTrainedModel, states: set[State]) -> list[str]:
+    tap = StateTap(student, states)
     try:
-        return untrained_parameters(tap, settings.relation_set.state_pairs)
+        return untrained_parameters(tap)
     finally:
         tap.close()
 

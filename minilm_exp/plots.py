@@ -37,6 +37,6 @@ def loss_curves(history: Callable[[str], list[tuple[int, float]]], relations: li
         axes.set_xlabel("step")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("relation loss (nats)")
+    figure.axes[0].set_ylabel("loss")
     figure.axes[0].legend()
     return figure

@@ -34,8 +34,8 @@ class Result:
     spreads: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     grids: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
     num_seeds: int | None = None
-    validation_relation_loss: float | None = None
-    validation_relation_losses: dict[str, float] = field(default_factory=dict)
+    validation_loss: float | None = None
+    validation_losses: dict[str, float] = field(default_factory=dict)
     baseline: str | None = None
     speedup: float | None = None
     parameters: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -52,16 +52,16 @@ class Result:
 
     @property
     def score(self) -> float | None:
-        """What a sweep maximises: the mean score, or minus the relation loss without tasks.
+        """What a sweep maximises: the mean score, or minus the validation loss without tasks.
 
         Of the student; of the teacher where there is no student.
         """
-        is_of_teacher = self.validation_relation_loss is None and not self.scores
+        is_of_teacher = self.validation_loss is None and not self.scores
         scores = self.teacher_scores if is_of_teacher else self.scores
         if scores:
             return sum(scores.values()) / len(scores)
-        if self.validation_relation_loss is not None:
-            return -self.validation_relation_loss
+        if self.validation_loss is not None:
+            return -self.validation_loss
         return None
 
     def write(self) -> None:

@@ -28,7 +28,7 @@ def run_name(settings: Settings) -> str:
         names = [models[role][:60] for role in settings.recipe.models] + [*settings.tasks][:3]
         name = "finetune-" + "-".join(names)
     else:
-        name = f"{settings.teacher.name}-{settings.student_name}-{settings.relation_set.name}"
+        name = f"{settings.teacher.name}-{settings.student_name}-{settings.objective_name}"
     return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{name}-seed{settings.seed}")
 
 

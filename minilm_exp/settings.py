@@ -19,6 +19,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from minilm_exp.errors import ExperimentError
+from minilm_exp.objective_settings import (
+    STATE_LETTERS,
+    Objective,
+    RelationTerm,
+    check_terms,
+    parse_terms,
+)
 from minilm_exp.task_settings import (
     TaskTraining,
     check_tasks,
@@ -28,8 +35,6 @@ from minilm_exp.teacher_facts import read_facts
 
 # The models that a run can fine-tune; the second is the student before it was distilled.
 ROLES = ("student", "undistilled", "teacher")
-
-STATE_LETTERS = {"q": "query", "k": "key", "v": "value"}
 
 
 @dataclass
@@ -94,11 +99,6 @@ class RelationSet:
     def name(self) -> str:
         """The pairs joined, or "all" for all nine."""
         return "all" if len(self.pairs) == 9 else "_".join(self.pairs)
-
-    @property
-    def state_pairs(self) -> list[tuple[str, str]]:
-        """The pairs with the states' full names."""
-        return [(STATE_LETTERS[pair[0]], STATE_LETTERS[pair[1]]) for pair in self.pairs]
 
 
 @dataclass
@@ -224,6 +224,7 @@ class Settings:
     student: Student
     relation_set: RelationSet
     layer_selection: LayerSelection
+    objective: Objective
     corpus: Corpus
     task_training: TaskTraining
     recipe: Recipe
@@ -247,14 +248,21 @@ class Settings:
 
     @property
     def unread_groups(self) -> list[str]:
-        """Groups whose values make no difference, because nothing is distilled."""
+        """Groups whose values make no difference to what is computed."""
         if self.recipe.name != "finetune":
-            return []
-        unread = ["relation_set", "layer_selection", "training"]
+            return [] if self.objective.reads_relation_set else ["relation_set"]
+        unread = ["relation_set", "layer_selection", "objective", "training"]
         unread += [group for group in ("teacher", "student") if group not in self.recipe.models]
         if "next_passage" not in self.tasks:
             unread.append("corpus")
         return unread
+
+    @property
+    def objective_name(self) -> str:
+        """As in the papers' tables: MiniLMv2 by its relations."""
+        if self.objective.reads_relation_set and self.objective.name == "minilmv2":
+            return self.relation_set.name
+        return self.objective.name
 
     @property
     def student_name(self) -> str:
@@ -281,6 +289,7 @@ def parse(
     """
     config = config.copy()
     OmegaConf.set_struct(config, False)
+    config.objective.reads_relation_set = "${relation_set." in OmegaConf.to_yaml(config.objective)
     config.outputs_dir = os.path.abspath(os.path.expanduser(str(config.outputs_dir)))
     student_facts = _complete_student(config)
     notes = _complete_teacher(config, teacher_was_chosen, typed)
@@ -293,6 +302,7 @@ def parse(
     settings.notes.extend(notes)
     settings.runtime.teacher_cache = settings.runtime.teacher_cache.lower()  # YAML's true and false
     settings.tasks = parse_tasks(settings.tasks)
+    settings.objective.terms = parse_terms(settings.objective.terms)
     if settings.data_root is not None:
         settings.data_root = os.path.abspath(os.path.expanduser(settings.data_root))
     _check_values(settings)
@@ -301,7 +311,8 @@ def parse(
         _check_finetune(settings)
     else:
         _check_student(settings, student_facts)
-        _check_relations(settings)
+        _check_objective(settings)
+        _check_init(settings)
     if "corpus" not in settings.unread_groups:
         _check_corpus(settings)
     check_tasks(settings.tasks, settings.task_training, _max_tokens(settings, student_facts))
@@ -481,7 +492,6 @@ def _check_values(settings: Settings) -> None:
         "student.num_attention_heads": student.num_attention_heads,
         "student.intermediate_size": student.intermediate_size,
         "student.embedding_size": student.embedding_size,
-        "relation_set.num_relation_heads": settings.relation_set.num_relation_heads,
         "runtime.microbatch_size": runtime.microbatch_size,
         "runtime.num_threads": runtime.num_threads,
         "runtime.teacher_cache_gb": runtime.teacher_cache_gb,
@@ -586,47 +596,68 @@ _POSITIVE = {
 }
 
 
-def _check_relations(settings: Settings) -> None:
-    pairs = settings.relation_set.pairs
-    wrong = [pair for pair in pairs if len(pair) != 2 or set(pair) - set(STATE_LETTERS)]
-    if wrong or not pairs or len(set(pairs)) < len(pairs):
-        raise ExperimentError(
-            f"relation_set.pairs={pairs} must name at least one relation, none twice, each as two"
-            " letters of q, k and v, for example [qk,vv]"
-        )
-    heads = settings.relation_set.num_relation_heads
-    teacher_size, student_size = settings.teacher.hidden_size, settings.student.hidden_size
-    for owner, size in (("teacher", teacher_size), ("student", student_size)):
-        if size % heads:
-            common = math.gcd(teacher_size, student_size)
-            fitting = [str(number) for number in range(1, 129) if common % number == 0]
-            raise ExperimentError(
-                f"relation_set.num_relation_heads={heads} does not divide the {owner}'s hidden size"
-                f" {size}; numbers that divide both sizes: {', '.join(fitting)}"
-            )
+def _check_objective(settings: Settings) -> None:
     layer = settings.layer_selection.teacher_layer
     if not 1 <= layer <= settings.teacher.num_layers:
         raise ExperimentError(
             f"layer_selection.teacher_layer={layer} is outside 1..{settings.teacher.num_layers},"
             " the teacher's layers counted from 1"
         )
-    if settings.student.init == "teacher_layers" and settings.student.path is None:
-        if settings.teacher.hidden_size != settings.student.hidden_size:
-            raise ExperimentError(
-                "student.init=teacher_layers copies whole layers, so student.hidden_size"
-                f" must be the teacher's {settings.teacher.hidden_size}; use student.init=random"
+    for name, term in settings.objective.terms.items():
+        if isinstance(term, RelationTerm):
+            group = settings.relation_set
+            is_of_group = settings.objective.reads_relation_set and (
+                (term.pairs, term.num_relation_heads) == (group.pairs, group.num_relation_heads)
             )
-        if settings.teacher.num_attention_heads != settings.student.num_attention_heads:
+            where = "relation_set" if is_of_group else f"objective.terms.{name}"
+            _check_relations(settings, where, term)
+    check_terms(
+        settings.objective.terms, settings.teacher.num_layers, settings.student.num_layers, layer
+    )
+
+
+def _check_relations(settings: Settings, where: str, term: RelationTerm) -> None:
+    pairs = term.pairs
+    wrong = [pair for pair in pairs if len(pair) != 2 or set(pair) - set(STATE_LETTERS)]
+    if wrong or not pairs or len(set(pairs)) < len(pairs):
+        raise ExperimentError(
+            f"{where}.pairs={pairs} must name at least one relation, none twice, each as two"
+            " letters of q, k and v, for example [qk,vv]"
+        )
+    heads = term.num_relation_heads
+    if heads < 1:
+        raise ExperimentError(f"{where}.num_relation_heads={heads} must be above 0")
+    teacher_size, student_size = settings.teacher.hidden_size, settings.student.hidden_size
+    for owner, size in (("teacher", teacher_size), ("student", student_size)):
+        if size % heads:
+            common = math.gcd(teacher_size, student_size)
+            fitting = [str(number) for number in range(1, 129) if common % number == 0]
             raise ExperimentError(
-                "student.init=teacher_layers copies whole layers, so student.num_attention_heads"
-                f" must be the teacher's {settings.teacher.num_attention_heads}; use"
-                " student.init=random"
+                f"{where}.num_relation_heads={heads} does not divide the {owner}'s hidden size"
+                f" {size}; numbers that divide both sizes: {', '.join(fitting)}"
             )
-        if settings.student.num_layers > layer:
-            raise ExperimentError(
-                f"student.init=teacher_layers takes {settings.student.num_layers} of the teacher's"
-                f" layers 1..{layer}; lower student.num_layers or use student.init=random"
-            )
+
+
+def _check_init(settings: Settings) -> None:
+    if settings.student.init != "teacher_layers" or settings.student.path is not None:
+        return
+    layer = settings.layer_selection.teacher_layer
+    if settings.teacher.hidden_size != settings.student.hidden_size:
+        raise ExperimentError(
+            "student.init=teacher_layers copies whole layers, so student.hidden_size"
+            f" must be the teacher's {settings.teacher.hidden_size}; use student.init=random"
+        )
+    if settings.teacher.num_attention_heads != settings.student.num_attention_heads:
+        raise ExperimentError(
+            "student.init=teacher_layers copies whole layers, so student.num_attention_heads"
+            f" must be the teacher's {settings.teacher.num_attention_heads}; use"
+            " student.init=random"
+        )
+    if settings.student.num_layers > layer:
+        raise ExperimentError(
+            f"student.init=teacher_layers takes {settings.student.num_layers} of the teacher's"
+            f" layers 1..{layer}; lower student.num_layers or use student.init=random"
+        )
 
 
 def _check_corpus(settings: Settings) -> None:

@@ -18,9 +18,8 @@ from transformers import (
 )
 
 from minilm_exp.errors import ExperimentError, reason_of
-from minilm_exp.qkv import QKVTap
-from minilm_exp.relations import Pair
 from minilm_exp.settings import Student
+from minilm_exp.states import StateTap, layers_of
 from minilm_exp.teacher import load_whole_encoder
 
 _HIDDEN_DROPOUT = ("hidden_dropout_prob", "hidden_dropout", "dropout", "embedding_dropout",
@@ -81,31 +80,16 @@ def set_dropout(config: PreTrainedConfig, hidden: float, attention: float) -> No
                 setattr(config, name, value)
 
 
-def layers_of(encoder: PreTrainedModel) -> nn.ModuleList:
-    """The list of the encoder's Transformer layers.
+def untrained_parameters(tap: StateTap) -> list[str]:
+    """Names of the model's parameters that no gradient of a loss over the tap's states reaches.
 
-    Raises:
-        ExperimentError: There is none, as where all layers share their weights.
-    """
-    num_layers = encoder.config.num_hidden_layers
-    for module in encoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return module
-    raise ExperimentError(
-        f"{encoder.config.model_type} has no list of {num_layers} layers of their own"
-    )
-
-
-def untrained_parameters(tap: QKVTap, pairs: list[Pair]) -> list[str]:
-    """Names of the encoder's parameters that no gradient of the relation loss reaches.
-
-    The loss ends at the last layer's query, key and value, so that layer's attention output and
-    feed-forward, and a pooler, keep their first weights (true of the method, not of this code).
+    The relation loss ends at the last layer's query, key and value, so that layer's attention
+    output and feed-forward, and a pooler, keep their first weights (true of the method, not of this
+    code).
     """
     device = next(tap.encoder.parameters()).device
     states = tap(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
-    used = {name for pair in pairs for name in pair}
-    total = torch.stack([states[name].float().sum() for name in sorted(used)]).sum()
+    total = torch.stack([states[state].float().sum() for state in sorted(states)]).sum()
     parameters = {
         name: parameter
         for name, parameter in tap.encoder.named_parameters()

@@ -18,11 +18,11 @@ def print_summary(settings: Settings, result: Result) -> None:
     """The models of this run as measured, and every cell of a search."""
     tasks = list(dict.fromkeys(task for role in _ROLES for task in result.scores_of(role)))
     console = Console(width=max(Console().width, 95 + 16 * len(tasks)), markup=False)
-    distilled = result.validation_relation_loss is not None
+    distilled = result.validation_loss is not None
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("model")
     headings = ["layers x hidden", "params (no emb.)", "speedup"]
-    headings += ["relation loss"] if distilled else []
+    headings += ["validation loss"] if distilled else []
     for heading in (*headings, *tasks, *(["mean"] if len(tasks) > 1 else [])):
         table.add_column(heading, justify="right")
     for role in ("teacher", "student", "undistilled"):
@@ -87,7 +87,7 @@ def _speedup(settings: Settings, result: Result, role: str) -> str:
 
 
 def _loss(result: Result) -> str:
-    loss = result.validation_relation_loss
+    loss = result.validation_loss
     return "-" if loss is None else f"{loss:.4f}"
 
 
@@ -134,10 +134,10 @@ def print_comparison(outcomes: list[tuple[list[str], Result]]) -> None:
         for role in _ROLES
         if any(task in result.scores_of(role) for _, result in outcomes)
     ]
-    for heading in ("seeds", "relation loss", *(f"{t} {_ROLES[role]}" for t, role in columns)):
+    for heading in ("seeds", "validation loss", *(f"{t} {_ROLES[role]}" for t, role in columns)):
         table.add_column(heading, justify="right")
     for label, results in groups.items():
-        cells = [_mean([result.validation_relation_loss for result in results], 4)]
+        cells = [_mean([result.validation_loss for result in results], 4)]
         for task, role in columns:
             cells.append(_mean([result.scores_of(role).get(task) for result in results], 3))
         table.add_row(label or "default", str(len(results)), *cells)

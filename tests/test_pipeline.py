@@ -180,7 +180,7 @@ def test_teacher_alone_is_scored(finetuning, tiny_teacher_folder):
     assert list(result.teacher_scores) == ["mrpc"]
     assert result.score == result.teacher_scores["mrpc"]
     assert set(result.parameters) == {"teacher"}
-    assert result.speedup is None and result.validation_relation_loss is None
+    assert result.speedup is None and result.validation_loss is None
     assert result.meaningful
 
 
@@ -222,7 +222,7 @@ def test_score_of_a_distillation_is_never_the_teachers():
     """A sweep over relations that maximises what no relation changes."""
     result = Result("id", "key", "RUNNING", "folder", True, teacher_scores={"mrpc": 0.9})
     assert result.score == 0.9
-    result.validation_relation_loss = 0.3
+    result.validation_loss = 0.3
     assert result.score == -0.3
     result.scores["mrpc"] = 0.8
     assert result.score == 0.8

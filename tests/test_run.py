@@ -364,7 +364,7 @@ def test_result_says_what_was_measured(result):
     for name in ("scores", "undistilled_scores", "teacher_scores"):
         assert set(result[name]) == {"next_passage"}
         assert 0 < result[name]["next_passage"] <= 1
-    assert result["validation_relation_loss"] > 0
+    assert result["validation_loss"] > 0
     assert result["speedup"] > 0
     assert result["baseline"] == "tiny_random"
     assert set(result["parameters"]) == {"student", "teacher"}
@@ -385,7 +385,7 @@ def test_result_says_what_was_measured(result):
 def test_summary_is_printed(finished, result):
     """The run ends without a word, or its numbers are not those of result.json."""
     stdout = finished[1].stdout
-    assert f"{result['validation_relation_loss']:.4f}" in stdout
+    assert f"{result['validation_loss']:.4f}" in stdout
     assert result["run_id"] in stdout
     assert "not meaningful" in stdout
 
@@ -621,7 +621,7 @@ def test_fine_tuning_has_its_result(finetuned, result):
     )
     assert set(scored["metrics"]["student"]["mrpc"]) == {"accuracy", "f1"}
     assert scored["num_seeds"] == 2
-    for name in ("validation_relation_loss", "speedup", "baseline"):
+    for name in ("validation_loss", "speedup", "baseline"):
         assert scored[name] is None
     assert scored["teacher_scores"] == {} and scored["undistilled_scores"] == {}
     assert scored["parameters"] == {"student": result["parameters"]["student"]}
@@ -716,13 +716,13 @@ def test_multirun_compares_its_runs(finished, copied, smoke):
     found = {result["run_key"]: result for result in results(outputs).values()}
     assert len(found) == 3  # and the one that lay there
     losses = {"query-query", "value-value"}
-    names = {name for result in found.values() for name in result["validation_relation_losses"]}
+    names = {name for result in found.values() for name in result["validation_losses"]}
     assert losses <= names
     table = done.stdout.split("mean ± standard deviation over seeds")[1]
     assert "Traceback" not in done.both
     for result in found.values():
-        is_new = len(result["validation_relation_losses"]) == 2  # one relation and the total
-        assert is_new == (f"{result['validation_relation_loss']:.4f}" in table)
+        is_new = len(result["validation_losses"]) == 2  # one relation and the total
+        assert is_new == (f"{result['validation_loss']:.4f}" in table)
     assert "qq" in table and "vv" in table
 
 

@@ -23,6 +23,9 @@ MANDATORY = {
     "corpus=text_files": ["corpus.files=[{text}]"],
     "corpus=hf_dataset": ["corpus.datasets=[{{path: some/name}}]"],
     "corpus=pretokenized": ["corpus.files=[{text}]", "task=none"],
+    "objective=intermediate_layers": [
+        "objective.terms.modules.modules=[[encoder.layer.0,encoder.layer.0]]"
+    ],
     "tracking=server": ["tracking.uri=http://localhost:5000"],
     "recipe=finetune": ["student.path={folder}"],
     "task=text_classification": ["tasks.text_classification.files.train={text}"],
@@ -162,7 +165,10 @@ def test_pairs_can_be_listed_on_the_command_line(settings_for):
     settings = settings_for("relation_set.pairs=[qv,vk]")
     assert settings.relation_set.pairs == ["qv", "vk"]
     assert settings.relation_set.name == "qv_vk"
-    assert settings.relation_set.state_pairs == [("query", "value"), ("value", "key")]
+    assert settings.objective.terms["relations"].state_pairs == [
+        ("query", "value"),
+        ("value", "key"),
+    ]
 
 
 def test_default_relations_are_those_of_the_second_paper(settings_for):

@@ -14,12 +14,11 @@ from transformers import (
 )
 
 from minilm_exp.errors import ExperimentError
-from minilm_exp.qkv import QKVTap
 from minilm_exp.settings import Student
+from minilm_exp.states import State, StateTap, layers_of, qkv_states
 from minilm_exp.student import (
     build_student,
     count_parameters,
-    layers_of,
     load_checkpoint,
     set_dropout,
     untrained_parameters,
@@ -386,9 +385,7 @@ def test_checkpoint_with_a_task_head_gives_its_encoder(tiny_bert, tiny_tokenizer
 def test_untrained_parameters_of_bert(tiny_bert, build):
     """Weights that are said to be trained and are not, or the other way round."""
     encoder = build(tiny_bert, num_layers=3)
-    untrained = untrained_parameters(
-        QKVTap(encoder, 3), [("query", "query"), ("key", "key"), ("value", "value")]
-    )
+    untrained = untrained_parameters(StateTap(encoder, qkv_states(3)))
     last = "encoder.layer.2."
     after_states = (f"{last}attention.output.", f"{last}intermediate.", f"{last}output.", "pooler.")
     names = [name for name, _ in encoder.named_parameters()]
@@ -427,7 +424,7 @@ def test_parameters_of_shared_layers_are_counted_once(make_teacher):
 def test_a_relation_that_is_left_out_trains_nothing(tiny_bert, build):
     """Weights that no gradient reaches, in the optimiser and off the model card."""
     encoder = build(tiny_bert, num_layers=3)
-    untrained = untrained_parameters(QKVTap(encoder, 3), [("value", "value")])
+    untrained = untrained_parameters(StateTap(encoder, [State("value", 3)]))
     last = "encoder.layer.2.attention.self."
     assert f"{last}query.weight" in untrained
     assert f"{last}key.weight" in untrained

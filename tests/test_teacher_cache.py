@@ -34,12 +34,13 @@ from transformers import BertConfig, BertModel, Qwen3Config, Qwen3Model
 
 from minilm_exp import pipeline, teacher_cache
 from minilm_exp.corpus import Blocks, PreparedCorpus
-from minilm_exp.distil import RelationDistiller, distil
+from minilm_exp.distil import Distiller, distil
 from minilm_exp.errors import ExperimentError
+from minilm_exp.objectives import Objective, Relations, build_objective
 from minilm_exp.pipeline import run_experiment
 from minilm_exp.precision import teacher_dtype
 from minilm_exp.provenance import run_key
-from minilm_exp.qkv import QKVTap
+from minilm_exp.states import State, StateTap
 from minilm_exp.teacher_cache import Plan, TeacherCache, TeacherCaches, plan_teacher_cache
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -726,7 +727,7 @@ def opened_by_pipeline(settings_for, tmp_path):
         tracker = Tracker()
         prepared = replace(small_corpus(), fingerprint=corpus)
         caches = pipeline._open_caches(
-            settings, prepared, precision, teacher, 96, (num_cells, num_seeds), tracker
+            settings, prepared, precision, teacher, layer, 96, (num_cells, num_seeds), tracker
         )
         opened.append(caches)
         return caches, tracker.tags["teacher_cache"]
@@ -999,14 +1000,14 @@ class Encoders:
 def forwards(monkeypatch):
     """The batch size of each forward pass of a 32-wide encoder, the teacher, in order."""
     sizes = []
-    forward = QKVTap.forward
+    forward = StateTap.forward
 
     def counted(self, **inputs):
         if self.encoder.config.hidden_size == 32:
             sizes.append(len(inputs["input_ids"]))
         return forward(self, **inputs)
 
-    monkeypatch.setattr(QKVTap, "forward", counted)
+    monkeypatch.setattr(StateTap, "forward", counted)
     return sizes
 
 
@@ -1023,7 +1024,7 @@ def distilled(settings_for, tiny_bert, tiny_tokenizer, tmp_path):
         settings.training.learning_rate = 1e-2
         settings.corpus.packing = packing
         settings.layer_selection.teacher_layer = 3
-        settings.relation_set.num_relation_heads = 4
+        settings.objective.terms["relations"].num_relation_heads = 4
         settings.runtime.teacher_cache = "true"
         encoders = Encoders(tiny_bert)
         logged = []
@@ -1031,6 +1032,7 @@ def distilled(settings_for, tiny_bert, tiny_tokenizer, tmp_path):
             settings,
             encoders.teacher,
             encoders.student,
+            build_objective(settings, encoders.teacher, encoders.student),
             tiny_tokenizer,
             corpus_of(packing),
             precision,
@@ -1102,12 +1104,11 @@ def test_training_and_validation_have_their_own_states(tiny_bert, forwards, tmp_
     """Example 0 of the validation part gets the states of example 0 that is trained on."""
     encoders = Encoders(tiny_bert)
     caches = caches_of(tmp_path, packing=True)
-    distiller = RelationDistiller(
+    objective = Objective({"relations": Relations([(3, 2)], [("key", "key")], 4)}, {"relations": 1})
+    distiller = Distiller(
         encoders.teacher,
         encoders.student,
-        3,
-        [("key", "key")],
-        4,
+        objective,
         teacher_dtype=torch.bfloat16,
         caches=caches,
     )
@@ -1120,9 +1121,9 @@ def test_training_and_validation_have_their_own_states(tiny_bert, forwards, tmp_
             forwards.clear()
             cached = distiller._teacher_states(ids, None, index)
             assert len(forwards) == (not is_cached)
-            assert list(cached) == ["key"]
+            assert list(cached) == [State("key", 3)]
             computed = distiller._teacher_states(ids, None, None)
-            assert torch.equal(cached["key"], computed["key"])
+            assert torch.equal(cached[State("key", 3)], computed[State("key", 3)])
     distiller.close()
     caches.close()
 
@@ -1176,7 +1177,7 @@ def test_second_relation_set_never_runs_the_teacher(whole_run, forwards, tmp_pat
     )
     assert forwards == [1]  # two tokens, to see how wide the states are
     assert first.run_key != second.run_key
-    assert set(second.validation_relation_losses) == {"key-value", "value-value", "total"}
+    assert set(second.validation_losses) == {"key-value", "value-value", "total"}
     roots = [p for p in (tmp_path / "outputs" / "cache" / "teacher").iterdir() if p.is_dir()]
     assert len(roots) == 1
     whole_run(**{"layer_selection.teacher_layer": 2, "training.max_steps": 2})
@@ -1197,7 +1198,7 @@ def test_heads_may_be_wider_than_the_hidden_size(whole_run, tiny_tokenizer, tmp_
     )
     Qwen3Model(config).save_pretrained(tmp_path / "wide")
     tiny_tokenizer.save_pretrained(tmp_path / "wide")
-    losses = whole_run(tmp_path / "wide").validation_relation_losses
+    losses = whole_run(tmp_path / "wide").validation_losses
     assert losses["total"] > 0
 
 

@@ -11,11 +11,22 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from minilm_exp.errors import ExperimentError
-from minilm_exp.qkv import QKVTap
+from minilm_exp.states import StateTap, qkv_states
 
 NUM_LAYERS, NUM_HEADS, HIDDEN_SIZE = 3, 4, 32
 STATES = ("query", "key", "value")
 PAD = 1
+
+
+class QKVTap(StateTap):
+    """The query, key and value states of one layer, by their names."""
+
+    def __init__(self, encoder, layer):
+        super().__init__(encoder, qkv_states(layer))
+
+    def forward(self, **inputs):
+        return {state.name: tensor for state, tensor in super().forward(**inputs).items()}
+
 
 COMMON = {
     "vocab_size": 40,
