@@ -322,8 +322,8 @@ class Objective(nn.Module):
 
     def __init__(self, terms: dict[str, Term], weights: dict[str, float]) -> None:
         super().__init__()
-        self.terms = nn.ModuleDict(terms)
-        self._weights = weights
+        self.terms = nn.ModuleList(terms.values())  # a user may give a term any name
+        self._weights = [weights[name] for name in terms]
         self.names = [
             (part if len(terms) == 1 else f"{name}/{part}") if part else name
             for name, term in terms.items()
@@ -347,14 +347,14 @@ class Objective(nn.Module):
         device_type = next(iter(student.values())).device.type
         totals, parts = [], []
         with torch.autocast(device_type, enabled=False):
-            for name, term in self.terms.items():
+            for weight, term in zip(self._weights, self.terms):
                 total, parts_of_term = term(teacher, student, attention_mask)
-                totals.append(self._weights[name] * total)
+                totals.append(weight * total)
                 parts.append(parts_of_term)
         return sum_of(totals), torch.cat(parts)
 
     def _terms(self) -> list[Term]:
-        return [term for term in self.terms.values() if isinstance(term, Term)]
+        return [term for term in self.terms if isinstance(term, Term)]
 
 
 def build_objective(
