@@ -29,7 +29,7 @@ from minilm_exp.tasks.metrics import check_labels, check_score_names
 from minilm_exp.tasks.next_passage import make_next_passage
 from minilm_exp.tasks.spans import Answer
 from minilm_exp.tasks.splits import Splits, find_splits
-from minilm_exp.tracking import FINETUNING_KEY, Tracker
+from minilm_exp.tracking import Tracker
 
 _log = logging.getLogger(__name__)
 
@@ -228,7 +228,7 @@ class Scoring:
         label = ", ".join(f"{name}={value:g}" for name, value in cell.settings.items())
         child = self.tracker.child(
             f"{title} seed={job.seed}" + (f" {label}" if label else ""),
-            {"task": job.name, "role": role, "seed": str(job.seed), FINETUNING_KEY: key},
+            {"task": job.name, "role": role, "seed": str(job.seed), "finetuning_key": key},
         )
         try:
             child.log_params(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import shutil
 import time
@@ -12,15 +11,11 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import PreTrainedModel
 
 from minilm_exp.corpus import PreparedCorpus, fingerprint_corpus, prepare_corpus
-from minilm_exp.distil import distil
 from minilm_exp.downstream import Model, Scoring, find_tasks, load_tasks
 from minilm_exp.errors import ExperimentError
-from minilm_exp.export import save_student, write_model_card
-from minilm_exp.objectives import Objective, build_objective
-from minilm_exp.plots import loss_curves
+from minilm_exp.export import write_model_card
 from minilm_exp.precision import resolve_precision
 from minilm_exp.provenance import (
     RESULTS_VERSION,
@@ -37,12 +32,10 @@ from minilm_exp.result import Result, read_result
 from minilm_exp.run_folder import choose_folder, finished_run, occupied, run_name
 from minilm_exp.settings import Settings, as_dict, flatten
 from minilm_exp.speed import measure_speedup
-from minilm_exp.states import QKV, State, StateTap, state_size
+from minilm_exp.stages import Chain, open_corpus
 from minilm_exp.student import (
-    build_student,
     count_parameters,
     load_checkpoint,
-    untrained_parameters,
 )
 from minilm_exp.tasks.examples import TaskData, part_name
 from minilm_exp.tasks.splits import Splits
@@ -53,7 +46,6 @@ from minilm_exp.teacher import (
     load_tokenizer,
     random_encoder,
 )
-from minilm_exp.teacher_cache import CACHE_VERSION, TeacherCaches, plan_teacher_cache
 from minilm_exp.tracking import Tracker, end_interrupted, start_tracking
 
 _log = logging.getLogger(__name__)
@@ -135,6 +127,9 @@ def _identify(settings: Settings) -> tuple[str, dict[str, str], dict[str, Splits
         inputs["teacher"] = fingerprint_teacher(settings.teacher)
     if "corpus" not in unread:
         inputs["corpus"] = fingerprint_corpus(settings.corpus)
+    for stage in settings.stages:
+        if stage.settings.corpus != settings.corpus:
+            inputs[f"corpus.{stage.name}"] = fingerprint_corpus(stage.settings.corpus)
     splits = find_tasks(settings)
     inputs |= {f"task.{name}": found.fingerprint() for name, found in splits.items()}
     return precision, inputs, splits
@@ -148,67 +143,29 @@ def _distil_and_score(
     scoring: Scoring,
     result: Result,
 ) -> None:
-    folder, tracker, precision = scoring.folder, scoring.tracker, scoring.precision
+    folder, tracker = scoring.folder, scoring.tracker
     tokenizer = load_tokenizer(settings.teacher)
     teacher = load_encoder(settings.teacher)
-    student = build_student(
-        settings.student,
-        teacher,
-        tokenizer,
-        settings.layer_selection.teacher_layer,
-        (settings.training.hidden_dropout, settings.training.attention_dropout),
-        settings.seed,
-    )
-    undistilled = copy.deepcopy(student)
-    corpus = prepare_corpus(settings, tokenizer, inputs["corpus"])
+    corpus = open_corpus(settings, tokenizer, inputs["corpus"])
     tracker.log_dataset("corpus", corpus.fingerprint, str(corpus.folder), "training")
-    if corpus.num_truncated:
-        _log.warning(
-            "%d documents were cut off at %d tokens",
-            corpus.num_truncated,
-            settings.corpus.block_length,
-        )
     tasks = _load_tasks(settings, splits, corpus, tracker)
+    chain = Chain(settings, teacher, inputs, tokenizer, folder, tracker, grid)
+    distilled = chain.run()
+    stages = [*distilled.losses]
+    result.validation_losses = distilled.losses[stages[-1]]
+    result.validation_loss = result.validation_losses["total"]
+    if len(stages) > 1:
+        result.stages = distilled.losses
 
-    objective = build_objective(settings, teacher, student)
-    caches = None
-    layer = _cached_layer(settings, objective, tracker)
-    if layer is not None:
-        size = state_size(teacher, State("query", layer))
-        caches = _open_caches(
-            settings, corpus, precision, inputs["teacher"], layer, size, grid, tracker
-        )
-    try:
-        losses = distil(
-            settings,
-            teacher,
-            student,
-            objective,
-            tokenizer,
-            corpus,
-            precision,
-            folder / "checkpoints",
-            tracker.log_metrics,
-            caches,
-            folder / "profile" if settings.profile else None,
-        )
-    finally:
-        if caches is not None:
-            caches.close()
-    result.validation_losses = losses
-    result.validation_loss = losses["total"]
-    tracker.log_metrics(
-        {f"distill/final/{name}": value for name, value in losses.items()},
-    )
-    tracker.log_figure(loss_curves(tracker.history, list(losses)), "plots/loss.png")
-    save_student(student, teacher, tokenizer, folder / "student")
-
-    encoders = {"student": student, "undistilled": undistilled, "teacher": teacher}
+    encoders = {
+        "student": distilled.student,
+        "undistilled": distilled.undistilled,
+        "teacher": teacher,
+    }
     models = {role: Model(encoder, tokenizer) for role, encoder in encoders.items()}
     _measure(settings, models, tracker, result)
     _score(settings, tasks, models, scoring, result)
-    untrained = _untrained(student, objective.student_states)
-    write_model_card(folder / "student", settings, result, untrained)
+    write_model_card(folder / "student", settings, result, distilled.untrained)
 
 
 def _score_checkpoint(
@@ -228,7 +185,7 @@ def _score_checkpoint(
     corpus = None
     if "corpus" in inputs:
         tokenizer = next(iter(models.values())).tokenizer
-        corpus = prepare_corpus(settings, tokenizer, inputs["corpus"])
+        corpus = open_corpus(settings, tokenizer, inputs["corpus"])
     tasks = _load_tasks(settings, splits, corpus, scoring.tracker)
     _measure(settings, models, scoring.tracker, result)
     _score(settings, tasks, models, scoring, result)
@@ -255,71 +212,6 @@ def _score(
                 cells = [asdict(cell) for cell in outcome.cells]
                 result.grids.setdefault(role, {})[name] = cells
             result.write()
-
-
-def _open_caches(
-    settings: Settings,
-    corpus: PreparedCorpus,
-    precision: str,
-    teacher_fingerprint: str,
-    layer: int,
-    hidden_size: int,
-    grid: tuple[int, int],
-    tracker: Tracker,
-) -> TeacherCaches | None:
-    """The caches of the states of a teacher layer, or None where they are not wanted."""
-    training, runtime = settings.training, settings.runtime
-    validation = corpus.validation.spread(training.evaluation_sequences)
-    root = settings.outputs / "cache" / "teacher"
-    num_cells, num_seeds = grid
-    num_epochs = training.max_steps * training.batch_size / len(corpus.train)
-    # Below one epoch, each seed reads a share of its own.
-    share_read = 1 - (1 - min(1.0, num_epochs)) ** num_seeds
-    limit_bytes = runtime.teacher_cache_gb * 1e9
-    key = fingerprint_text(
-        f"{CACHE_VERSION} {RESULTS_VERSION} {teacher_fingerprint} {corpus.fingerprint} {precision}"
-        f" {layer}"
-    )
-    plan = plan_teacher_cache(
-        runtime.teacher_cache,
-        precision,
-        corpus.train.num_tokens + validation.num_tokens,
-        hidden_size,
-        num_cells * num_seeds * num_epochs / share_read,
-        root,
-        key,
-        limit_bytes,
-    )
-    caches, reason = None, plan.reason
-    if plan.use:
-        lengths = {"train": corpus.train.lengths, "validation": validation.lengths}
-        _log.info("teacher cache: %s", reason)
-        try:
-            caches = TeacherCaches(root, key, lengths, hidden_size, plan, limit_bytes)
-            reason += f"; {caches.train.num_cached()} of {len(corpus.train)} examples are there"
-        except ExperimentError as error:
-            if runtime.teacher_cache == "true":
-                raise
-            reason = str(error)
-    state = "off" if caches is None else "on"
-    _log.info("teacher cache %s: %s", state, reason)
-    tracker.set_tags({"teacher_cache": f"{state}: {reason}"})
-    return caches
-
-
-def _cached_layer(settings: Settings, objective: Objective, tracker: Tracker) -> int | None:
-    """The one teacher layer whose query, key and value are all that is needed, or None."""
-    layers = {state.layer for state in objective.teacher_states}
-    if len(layers) == 1 and all(state.name in QKV for state in objective.teacher_states):
-        return layers.pop()
-    if settings.runtime.teacher_cache == "true":
-        raise ExperimentError(
-            "runtime.teacher_cache=true: what can be cached is query, key and value of one teacher"
-            f" layer, and objective={settings.objective.name} needs more; set"
-            " runtime.teacher_cache=auto"
-        )
-    tracker.set_tags({"teacher_cache": "off: the objective needs more than one layer's states"})
-    return None
 
 
 def _load_tasks(
@@ -499,14 +391,6 @@ def _record_failure(tracker: Tracker, result: Result, error: BaseException) -> N
     except Exception as also:
         _log.warning("the failure could not be recorded: %s", redact(str(also))[:300])
     tracker.fail(error)
-
-
-def _untrained(student: PreTrainedModel, states: set[State]) -> list[str]:
-    tap = StateTap(student, states)
-    try:
-        return untrained_parameters(tap)
-    finally:
-        tap.close()
 
 
 def _fingerprint_student(settings: Settings) -> str:

@@ -19,6 +19,7 @@ class Result:
         metrics: Every metric by model and task, the mean over fine-tuning seeds.
         spreads: Their standard deviations, where there are several seeds.
         num_seeds: Fine-tunings of each model on each task.
+        stages: Of a recipe with several stages, the validation losses of each.
         grids: By model and task every cell of a search, not only the best.
     """
 
@@ -36,6 +37,7 @@ class Result:
     num_seeds: int | None = None
     validation_loss: float | None = None
     validation_losses: dict[str, float] = field(default_factory=dict)
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
     baseline: str | None = None
     speedup: float | None = None
     parameters: dict[str, dict[str, int]] = field(default_factory=dict)

@@ -29,6 +29,8 @@ def run_name(settings: Settings) -> str:
         name = "finetune-" + "-".join(names)
     else:
         name = f"{settings.teacher.name}-{settings.student_name}-{settings.objective_name}"
+        if settings.stages:
+            name = f"{settings.teacher.name}-{settings.student_name}-{settings.recipe.name}"
     return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{name}-seed{settings.seed}")
 
 
@@ -66,7 +68,7 @@ def choose_folder(settings: Settings, key: str) -> tuple[Path, list[str]]:
         if result.status != "FINISHED":
             with _lock(folder):
                 interrupted.append(result.run_id)
-            if settings.resume or last_whole_checkpoint(folder / "checkpoints") is None:
+            if settings.resume or not _has_work(folder):
                 return folder, interrupted
             _log.warning(
                 "an unfinished run lies in %s: resume=true goes on from its last checkpoint; this"
@@ -74,6 +76,17 @@ def choose_folder(settings: Settings, key: str) -> tuple[Path, list[str]]:
                 folder,
             )
         number += 1
+
+
+def _has_work(folder: Path) -> bool:
+    """Whether something lies there that a resumed run would not compute again."""
+    stages = folder / "stages"
+    places = [folder, *(stages.iterdir() if stages.is_dir() else ())]
+    return any(
+        (place / "losses.json").is_file()
+        or last_whole_checkpoint(place / "checkpoints") is not None
+        for place in places
+    )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import glob
 import math
 import os
 from collections.abc import Container
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -138,14 +138,37 @@ class Recipe:
     """What the run does.
 
     Attributes:
-        name: task_agnostic, finetune or prepare_corpus.
+        name: finetune and prepare_corpus distil nothing; every other name does.
         models: Which models are fine-tuned on the tasks.
         keep_models: Whether the fine-tuned model that validates best stays in the run folder.
+        stages: By name, in their order, see `StageGiven`; none is one stage with the settings of
+            the run.
     """
 
     name: str
     models: list[str]
     keep_models: bool
+    stages: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class StageGiven:
+    """A stage as a recipe gives it.
+
+    Attributes:
+        teacher: `teacher`, or the name of an earlier stage whose student it is.
+        start: Name of an earlier stage whose student goes on learning; null builds one anew.
+        student: Differences from the group student, and likewise the next three.
+        objective: An objective instead of the run's.
+    """
+
+    teacher: str = "teacher"
+    start: Optional[str] = None
+    student: dict[str, Any] = field(default_factory=dict)
+    layer_selection: dict[str, Any] = field(default_factory=dict)
+    corpus: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    objective: Optional[dict[str, Any]] = None
 
 
 @dataclass
@@ -240,6 +263,13 @@ class Settings:
     profile: bool
     tasks: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    # Of class Stage, which OmegaConf needs not know.
+    stages: list[Any] = field(default_factory=list)
+
+    @property
+    def chain(self) -> list[Stage]:
+        """The stages, one at least."""
+        return self.stages or [Stage("distil", "teacher", None, self)]
 
     @property
     def outputs(self) -> Path:
@@ -270,6 +300,16 @@ class Settings:
         return f"l{self.student.num_layers}h{self.student.hidden_size}"
 
 
+@dataclass
+class Stage:
+    """A stage of a recipe: `StageGiven` with the settings that it runs with."""
+
+    name: str
+    teacher: str
+    start: str | None
+    settings: Settings
+
+
 def parse(
     config: DictConfig,
     teacher_was_chosen: bool = True,
@@ -289,7 +329,9 @@ def parse(
     """
     config = config.copy()
     OmegaConf.set_struct(config, False)
-    config.objective.reads_relation_set = "${relation_set." in OmegaConf.to_yaml(config.objective)
+    config.objective.reads_relation_set = "${relation_set." in OmegaConf.to_yaml(
+        [config.objective, config.recipe]
+    )
     config.outputs_dir = os.path.abspath(os.path.expanduser(str(config.outputs_dir)))
     student_facts = _complete_student(config)
     notes = _complete_teacher(config, teacher_was_chosen, typed)
@@ -307,9 +349,12 @@ def parse(
         settings.data_root = os.path.abspath(os.path.expanduser(settings.data_root))
     _check_values(settings)
     _check_baseline(settings.baseline)
+    settings.stages = _parse_stages(config)
+    if settings.recipe.name == "teacher_assistant":
+        settings.notes.append(_assistant_note(settings))
     if settings.recipe.name == "finetune":
         _check_finetune(settings)
-    else:
+    elif not settings.stages:
         _check_student(settings, student_facts)
         _check_objective(settings)
         _check_init(settings)
@@ -318,6 +363,89 @@ def parse(
     check_tasks(settings.tasks, settings.task_training, _max_tokens(settings, student_facts))
     _resolve_init(settings)
     return settings
+
+
+def _parse_stages(config: DictConfig) -> list[Stage]:
+    """Each stage's settings are those of the run with the stage's own merged over them."""
+    stages: dict[str, Stage] = {}
+    for name in config.recipe.get("stages") or {}:
+        where = f"recipe.stages.{name}"
+        try:
+            node = OmegaConf.merge(OmegaConf.structured(StageGiven), config.recipe.stages[name])
+            assert isinstance(node, DictConfig)
+            # ${teacher.num_layers} is that of the run, not of the stage's own teacher.
+            node._set_parent(config)
+            given = {
+                group: OmegaConf.to_container(node[group], resolve=True)
+                for group in ("student", "layer_selection", "corpus", "training")
+            }
+        except OmegaConfBaseException as error:
+            raise ExperimentError(f"{where}: {_explain(error)}") from error
+        for key in ("teacher", "start"):
+            earlier = [*stages, "teacher"] if key == "teacher" else [*stages, None]
+            if node[key] not in earlier:
+                raise ExperimentError(
+                    f"{where}.{key}={node[key]} is not one of the stages before it"
+                    f" ({', '.join(stages) or 'there is none'})"
+                )
+        own = config.copy()
+        own.recipe.stages = {}
+        for group, changes in given.items():
+            own[group] = OmegaConf.merge(own[group], changes)
+        if node.objective is not None:
+            own.objective = config.recipe.stages[name].objective
+        if node.teacher != "teacher":
+            _become_teacher(own, stages[node.teacher])
+        if node.start is not None:
+            _continue(own, stages[node.start].settings.student)
+        try:
+            settings = parse(own)
+        except ExperimentError as error:
+            raise ExperimentError(f"{where}: {error}") from error
+        stages[name] = Stage(name, node.teacher, node.start, settings)
+    return list(stages.values())
+
+
+def _assistant_note(settings: Settings) -> str:
+    """Whether MiniLM (section 3.3) would use an assistant here."""
+    teacher, student = settings.teacher, settings.student
+    holds = (
+        2 * student.num_layers <= teacher.num_layers
+        and 2 * student.hidden_size <= teacher.hidden_size
+    )
+    return (
+        "recipe=teacher_assistant: MiniLM uses an assistant where the student has at most half of"
+        f" the teacher's layers and half of its hidden size; {student.num_layers} of"
+        f" {teacher.num_layers} and {student.hidden_size} of {teacher.hidden_size}"
+        f" {'are' if holds else 'are not, so nothing is known of its use here'}"
+    )
+
+
+def _become_teacher(config: DictConfig, stage: Stage) -> None:
+    """Gives the group teacher the facts of an earlier stage's student."""
+    student, teacher = stage.settings.student, stage.settings.teacher
+    wanted_heads = config.teacher.num_relation_heads
+    config.teacher = asdict(teacher) | {
+        "name": stage.name,
+        "hub_id": None,
+        "revision": None,
+        "package": None,
+        "path": None,
+        "num_layers": student.num_layers,
+        "hidden_size": student.hidden_size,
+        "num_attention_heads": student.num_attention_heads,
+        "intermediate_size": student.intermediate_size or 4 * student.hidden_size,
+        "paper_layer": student.num_layers,
+        "upper_middle_layer": round(5 * student.num_layers / 6),
+        "num_relation_heads": _fitting_heads(
+            wanted_heads, student.hidden_size, config.student.hidden_size
+        ),
+    }
+
+
+def _continue(config: DictConfig, student: Student) -> None:
+    """The shape of the student that goes on; its weights come from the stage's folder."""
+    config.student = asdict(student) | {"init": "random", "path": None, "config": None}
 
 
 def _max_tokens(settings: Settings, student_facts: dict[str, Any] | None) -> int | None:
@@ -472,7 +600,6 @@ def _check_values(settings: Settings) -> None:
         ("teacher.weights", settings.teacher.weights, ("pretrained", "random")),
         ("student.init", student.init, ("random", "teacher_layers", "auto")),
         ("corpus.split", settings.corpus.split, ("document", "sentence")),
-        ("recipe", settings.recipe.name, ("task_agnostic", "finetune", "prepare_corpus")),
         *(("recipe.models", name, ROLES) for name in settings.recipe.models),
         ("training.precision", training.precision, ("auto", "fp32", "bf16")),
         ("runtime.teacher_cache", runtime.teacher_cache, ("auto", "true", "false")),
@@ -719,6 +846,6 @@ def flatten(settings: Settings) -> dict[str, Any]:
 
 def as_dict(settings: Settings) -> dict[str, Any]:
     """The settings as plain nested data."""
-    plain = asdict(settings)
-    del plain["notes"]
+    plain = asdict(replace(settings, stages=[]))
+    del plain["notes"], plain["stages"]
     return plain

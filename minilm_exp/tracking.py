@@ -24,8 +24,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from minilm_exp.errors import ExperimentError, reason_of
 from minilm_exp.redaction import redact
 
-# Tag of the runs that `Tracker.child` starts for fine-tunings.
-FINETUNING_KEY = "finetuning_key"
+# Tag of the runs that `Tracker.child` starts.
+_PART_OF = "part_of_run"
 
 _log = logging.getLogger(__name__)
 _MAX_TAG_LENGTH = 5000
@@ -56,10 +56,13 @@ class Tracker:
         metrics = self._client.get_metric_history(self.run_id, name)
         return sorted((metric.step, metric.value) for metric in metrics)
 
-    def child(self, name: str, tags: dict[str, str]) -> Tracker:
-        """Starts a run that MLflow shows below this one."""
+    def child(self, name: str, tags: dict[str, str], run_id: str | None = None) -> Tracker:
+        """Starts a run that is a part of this one, or goes on with the part of the given id."""
+        if run_id is not None and _exists(self._client, run_id):
+            self._client.update_run(run_id, status="RUNNING")
+            return Tracker(self._client, run_id, resumed=True)
         experiment_id = self._client.get_run(self.run_id).info.experiment_id
-        parent = {MLFLOW_PARENT_RUN_ID: self.run_id}
+        parent = {MLFLOW_PARENT_RUN_ID: self.run_id, _PART_OF: self.run_id}
         run = self._client.create_run(experiment_id, run_name=name, tags=parent)
         child = Tracker(self._client, run.info.run_id, resumed=False)
         child.set_tags(tags)
@@ -178,7 +181,7 @@ def _exists(client: MlflowClient, run_id: str) -> bool:
 
 
 def end_interrupted(uri: str, run_id: str) -> None:
-    """Marks a run and its fine-tunings as KILLED that a killed process left as running."""
+    """Marks a run and its parts as KILLED that a killed process left as running."""
     client = MlflowClient(tracking_uri=uri)
     if not _exists(client, run_id):
         return
@@ -189,10 +192,10 @@ def end_interrupted(uri: str, run_id: str) -> None:
 
 
 def _children(client: MlflowClient, run: Run) -> list[Run]:
-    """The run's own fine-tunings; what else stands below it belongs to another process."""
+    """The run's own parts; what else stands below it may belong to another process."""
     below = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run.info.run_id}'"
     return [
         child
         for child in client.search_runs([run.info.experiment_id], below)
-        if FINETUNING_KEY in child.data.tags
+        if _PART_OF in child.data.tags
     ]

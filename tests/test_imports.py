@@ -19,7 +19,7 @@ ORDER = [
     "tasks.examples", "tasks.splits", "tasks.tables", "tasks.data",
     "tasks.next_passage", "tasks.answers", "tasks.spans",
     "tasks.metrics", "tasks.encode", "tasks.finetune", "speed", "result",
-    "run_folder", "export", "plots", "tracking", "downstream", "pipeline", "summary",
+    "run_folder", "export", "plots", "tracking", "stages", "downstream", "pipeline", "summary",
 ]  # fmt: skip
 
 

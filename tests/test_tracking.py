@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
 from minilm_exp.errors import ExperimentError
-from minilm_exp.tracking import FINETUNING_KEY, end_interrupted, start_tracking
+from minilm_exp.tracking import end_interrupted, start_tracking
 
 SECRET = "sekret-31415"
 URI = f"postgresql://user:{SECRET}@db.example/x"
@@ -222,12 +222,10 @@ def test_parent_that_is_gone_is_no_error(start, client):
 def test_left_over_children_are_killed_with_their_run(by_resuming, start, store, client):
     """A fine-tuning of a dead process looks as if it ran; or one that had ended is rewritten."""
     parent = start()
-    running, finished, failed = (
-        parent.child(name, {FINETUNING_KEY: name}) for name in ("a", "b", "c")
-    )
+    running, finished, failed = (parent.child(name, {}) for name in ("a", "b", "c"))
     finished.finish("FINISHED")
     failed.finish("FAILED")
-    unrelated = start().child("d", {FINETUNING_KEY: "d"})
+    unrelated = start().child("d", {})
     by_another_process = start(parent_id=parent.run_id)
     if by_resuming:
         start(run_id=parent.run_id)

@@ -1,0 +1,303 @@
+"""The stages of a recipe: each distils one model into another, on unlabelled text."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from minilm_exp.corpus import PreparedCorpus, prepare_corpus
+from minilm_exp.distil import distil
+from minilm_exp.errors import ExperimentError
+from minilm_exp.export import save_student
+from minilm_exp.objectives import Objective, build_objective
+from minilm_exp.plots import loss_curves
+from minilm_exp.precision import resolve_precision
+from minilm_exp.provenance import RESULTS_VERSION, fingerprint_model, fingerprint_text
+from minilm_exp.result import write_json
+from minilm_exp.settings import Settings, Stage
+from minilm_exp.states import QKV, State, StateTap, state_size
+from minilm_exp.student import build_student, load_checkpoint, untrained_parameters
+from minilm_exp.teacher_cache import CACHE_VERSION, TeacherCaches, plan_teacher_cache
+from minilm_exp.tracking import Tracker
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What the last stage gave.
+
+    Attributes:
+        student: With its last weights.
+        undistilled: The same with its first.
+        untrained: Names of the parameters that no stage of this student reached.
+        losses: Validation losses of every stage, by its name.
+    """
+
+    student: PreTrainedModel
+    undistilled: PreTrainedModel
+    untrained: list[str]
+    losses: dict[str, dict[str, float]]
+
+
+class Chain:
+    """Runs the stages of one run in their order.
+
+    A single stage has its checkpoints and its MLflow history in the run itself. Of several, each
+    has a folder below `stages` and a run below the run; a finished one is not repeated when the run
+    is resumed. Its student goes to the next stages as it was saved.
+
+    Args:
+        settings: The run.
+        teacher: Frozen encoder.
+        inputs: Fingerprints of the content behind every input, see `run_key`.
+        tokenizer: Of all models.
+        folder: The run folder.
+        tracker: Of the run.
+        grid: Runs for one seed that read the same teacher states, and seeds.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        teacher: PreTrainedModel,
+        inputs: dict[str, str],
+        tokenizer: PreTrainedTokenizerFast,
+        folder: Path,
+        tracker: Tracker,
+        grid: tuple[int, int],
+    ) -> None:
+        self.settings = settings
+        self.teacher, self.inputs = teacher, inputs
+        self.tokenizer, self.folder = tokenizer, folder
+        self.tracker, self.grid = tracker, grid
+        self._first: dict[str, PreTrainedModel] = {}
+        self._untrained: dict[str, set[str]] = {}
+        self._is_single = len(settings.chain) == 1
+
+    def run(self) -> Distilled:
+        """Runs what is not finished.
+
+        Raises:
+            ExperimentError: A stage cannot be run, or its loss is not finite.
+        """
+        losses = {}
+        for stage in self.settings.chain:
+            student, losses[stage.name] = self._run_stage(stage)
+        last = stage.name
+        save_student(student, self.teacher, self.tokenizer, self.folder / "student")
+        return Distilled(student, self._first[last], sorted(self._untrained[last]), losses)
+
+    def _run_stage(self, stage: Stage) -> tuple[PreTrainedModel, dict[str, float]]:
+        settings = stage.settings
+        teacher, fingerprint = self._teacher_of(stage)
+        student = self._student_of(stage, teacher)
+        objective = build_objective(settings, teacher, student)
+        self._note_untrained(stage, student, objective)
+        place = self._place(stage.name)
+        finished = None if self._is_single else _read(place / "losses.json")
+        if finished is None:
+            named = self.inputs.get(f"corpus.{stage.name}", self.inputs["corpus"])
+            corpus = open_corpus(settings, self.tokenizer, named)
+            tracker = self._start(stage, place)
+            try:
+                precision = resolve_precision(settings.training.precision, settings.runtime.device)
+                grid = self.grid if stage.teacher == "teacher" else (1, 1)
+                caches = open_caches(
+                    settings, corpus, precision, teacher, fingerprint, objective, grid, tracker
+                )
+                try:
+                    finished = distil(
+                        settings,
+                        teacher,
+                        student,
+                        objective,
+                        self.tokenizer,
+                        corpus,
+                        precision,
+                        place / "checkpoints",
+                        tracker.log_metrics,
+                        caches,
+                        place / "profile" if settings.profile else None,
+                    )
+                finally:
+                    if caches is not None:
+                        caches.close()
+                tracker.log_metrics({f"distill/final/{n}": v for n, v in finished.items()})
+                tracker.log_figure(loss_curves(tracker.history, list(finished)), "plots/loss.png")
+                if not self._is_single:
+                    save_student(student, teacher, self.tokenizer, place / "student")
+                    write_json(place / "losses.json", finished)
+                    if settings.profile:
+                        tracker.log_artifact(place / "profile")
+                    shutil.rmtree(place / "checkpoints", ignore_errors=True)
+            except BaseException as error:
+                if not self._is_single:
+                    tracker.fail(error)
+                raise
+            if not self._is_single:
+                tracker.finish("FINISHED")
+        if not self._is_single:
+            self.tracker.log_metrics(
+                {f"stage/{stage.name}/{name}": value for name, value in finished.items()}
+            )
+            student, _ = load_checkpoint(str(place / "student"))
+        return student, finished
+
+    def _place(self, name: str) -> Path:
+        return self.folder if self._is_single else self.folder / "stages" / name
+
+    def _teacher_of(self, stage: Stage) -> tuple[PreTrainedModel, str]:
+        if stage.teacher == "teacher":
+            return self.teacher, self.inputs["teacher"]
+        folder = self._place(stage.teacher) / "student"
+        encoder, _ = load_checkpoint(str(folder))
+        return encoder.eval().requires_grad_(False), fingerprint_model(folder)
+
+    def _student_of(self, stage: Stage, teacher: PreTrainedModel) -> PreTrainedModel:
+        settings = stage.settings
+        dropout = (settings.training.hidden_dropout, settings.training.attention_dropout)
+        if stage.start is not None:
+            self._first[stage.name] = self._first[stage.start]
+            student, _ = load_checkpoint(str(self._place(stage.start) / "student"), dropout)
+            return student.train()
+        student = build_student(
+            settings.student,
+            teacher,
+            self.tokenizer,
+            settings.layer_selection.teacher_layer,
+            dropout,
+            settings.seed,
+        )
+        self._first[stage.name] = copy.deepcopy(student)
+        return student
+
+    def _note_untrained(self, stage: Stage, student: PreTrainedModel, objective: Objective) -> None:
+        tap = StateTap(student, objective.student_states)
+        try:
+            untrained = set(untrained_parameters(tap))
+        finally:
+            tap.close()
+        if stage.start is not None:
+            untrained &= self._untrained[stage.start]
+        self._untrained[stage.name] = untrained
+
+    def _start(self, stage: Stage, place: Path) -> Tracker:
+        """The stage's run, gone on with where the stage was interrupted."""
+        if self._is_single:
+            return self.tracker
+        place.mkdir(parents=True, exist_ok=True)
+        file = place / "run_id"
+        left = file.read_text("utf-8") if file.is_file() and self.settings.resume else None
+        tracker = self.tracker.child(f"stage {stage.name}", {"stage": stage.name}, left)
+        file.write_text(tracker.run_id, encoding="utf-8")
+        settings = stage.settings
+        tracker.log_params(
+            {
+                "stage": stage.name,
+                "teacher": stage.teacher if stage.teacher != "teacher" else settings.teacher.name,
+                "start": stage.start or settings.student.init,
+                "student": settings.student_name,
+                "objective": settings.objective_name,
+                "teacher_layer": settings.layer_selection.teacher_layer,
+            }
+            | {f"training.{name}": value for name, value in asdict(settings.training).items()}
+        )
+        return tracker
+
+
+def open_corpus(
+    settings: Settings, tokenizer: PreTrainedTokenizerFast, fingerprint: str
+) -> PreparedCorpus:
+    """The tokenised corpus of these settings, with a warning where documents were cut."""
+    corpus = prepare_corpus(settings, tokenizer, fingerprint)
+    if corpus.num_truncated:
+        _log.warning(
+            "%d documents were cut off at %d tokens",
+            corpus.num_truncated,
+            settings.corpus.block_length,
+        )
+    return corpus
+
+
+def open_caches(
+    settings: Settings,
+    corpus: PreparedCorpus,
+    precision: str,
+    teacher: PreTrainedModel,
+    teacher_fingerprint: str,
+    objective: Objective,
+    grid: tuple[int, int],
+    tracker: Tracker,
+) -> TeacherCaches | None:
+    """The caches of the teacher's states, or None where they are not wanted or cannot be."""
+    training, runtime = settings.training, settings.runtime
+    layer = _cached_layer(objective)
+    if layer is None:
+        if runtime.teacher_cache == "true":
+            raise ExperimentError(
+                "runtime.teacher_cache=true: what can be cached is query, key and value of one"
+                f" teacher layer, and objective={settings.objective.name} needs more; set"
+                " runtime.teacher_cache=auto"
+            )
+        tracker.set_tags({"teacher_cache": "off: the objective needs more than one layer's states"})
+        return None
+    validation = corpus.validation.spread(training.evaluation_sequences)
+    root = settings.outputs / "cache" / "teacher"
+    num_cells, num_seeds = grid
+    num_epochs = training.max_steps * training.batch_size / len(corpus.train)
+    # Below one epoch, each seed reads a share of its own.
+    share_read = 1 - (1 - min(1.0, num_epochs)) ** num_seeds
+    limit_bytes = runtime.teacher_cache_gb * 1e9
+    key = fingerprint_text(
+        f"{CACHE_VERSION} {RESULTS_VERSION} {teacher_fingerprint} {corpus.fingerprint} {precision}"
+        f" {layer}"
+    )
+    hidden_size = state_size(teacher, State("query", layer))
+    plan = plan_teacher_cache(
+        runtime.teacher_cache,
+        precision,
+        corpus.train.num_tokens + validation.num_tokens,
+        hidden_size,
+        num_cells * num_seeds * num_epochs / share_read,
+        root,
+        key,
+        limit_bytes,
+    )
+    caches, reason = None, plan.reason
+    if plan.use:
+        lengths = {"train": corpus.train.lengths, "validation": validation.lengths}
+        _log.info("teacher cache: %s", reason)
+        try:
+            caches = TeacherCaches(root, key, lengths, hidden_size, plan, limit_bytes)
+            reason += f"; {caches.train.num_cached()} of {len(corpus.train)} examples are there"
+        except ExperimentError as error:
+            if runtime.teacher_cache == "true":
+                raise
+            reason = str(error)
+    state = "off" if caches is None else "on"
+    _log.info("teacher cache %s: %s", state, reason)
+    tracker.set_tags({"teacher_cache": f"{state}: {reason}"})
+    return caches
+
+
+def _cached_layer(objective: Objective) -> int | None:
+    """The one teacher layer whose query, key and value are all that is needed, or None."""
+    layers = {state.layer for state in objective.teacher_states}
+    is_qkv = all(state.name in QKV for state in objective.teacher_states)
+    return layers.pop() if is_qkv and len(layers) == 1 else None
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        losses: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return losses if (file.parent / "student" / "config.json").is_file() else None
