@@ -27,6 +27,7 @@ from minilm_exp.tasks.examples import Examples, TaskData, part_name
 from minilm_exp.tasks.finetune import Finetuning, Scored, finetune
 from minilm_exp.tasks.metrics import check_labels, check_score_names
 from minilm_exp.tasks.next_passage import make_next_passage
+from minilm_exp.tasks.similarity import score_similarity
 from minilm_exp.tasks.spans import Answer
 from minilm_exp.tasks.splits import Splits, find_splits
 from minilm_exp.tracking import Tracker
@@ -121,7 +122,7 @@ def load_tasks(
         cells = settings.task_training.cells(name, task)
         limits = {cell.max_validation_examples for cell in cells}
         taken = cells[0].max_train_examples
-        if taken is not None and taken < len(data.train):
+        if taken is not None and taken < len(data.train) and task.kind != "similarity":
             _log.info(
                 "%s: trained on %d of %d examples (task_training.max_train_examples)",
                 name, taken, len(data.train),
@@ -162,7 +163,9 @@ class Scoring:
             ExperimentError: No cell could be trained.
         """
         task, training = self.settings.tasks[name], self.settings.task_training
-        all_settings = training.cells(name, task)
+        # Nothing of it is trained, so nothing hangs on settings or seed.
+        is_fixed = task.kind == "similarity"
+        all_settings = training.cells(name, task)[: 1 if is_fixed else None]
         cells: list[Cell] = []
         best: Cell | None = None
         kept = _Kept(self.folder / "models" / f"{name}-{role}", task.selected_by)
@@ -171,7 +174,7 @@ class Scoring:
             cells.append(cell)
             scored = []
             try:
-                for seed in training.seeds(self.settings.seed):
+                for seed in training.seeds(self.settings.seed)[: 1 if is_fixed else None]:
                     job = self._job(name, data, settings, seed)
                     scored.append(self._finetune(job, role, model, cell, kept))
             except ExperimentError as error:
@@ -192,7 +195,7 @@ class Scoring:
                 f"{role} on {name}: none of the {len(cells)} cells of the search could be trained;"
                 f" the last: {cells[-1].error}"
             )
-        if self.settings.recipe.keep_models:
+        if self.settings.recipe.keep_models and task.kind != "similarity":
             self._keep_best(name, role, model, kept)
         outcome = TaskScore(best, cells)
         self._report(name, role, outcome)
@@ -239,9 +242,12 @@ class Scoring:
                 child.set_tags({"taken_from": stored["run_id"]})
             else:
                 folder = kept.next_folder if self.settings.recipe.keep_models else None
-                scored = finetune(
-                    model.encoder, model.tokenizer, job, title, child.log_metrics, folder
-                )
+                if job.task.kind == "similarity":
+                    scored = score_similarity(model.encoder, model.tokenizer, job)
+                else:
+                    scored = finetune(
+                        model.encoder, model.tokenizer, job, title, child.log_metrics, folder
+                    )
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_json(
                     file,

@@ -12,11 +12,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from minilm_exp.errors import ExperimentError
 
-KINDS = ("classification", "regression", "spans")
+KINDS = ("classification", "regression", "spans", "similarity")
 METRICS = {
     "classification": ("accuracy", "f1", "macro_f1", "macro_recall", "matthews"),
     "regression": ("pearson", "spearman"),
     "spans": ("squad", "squad_v2", "mlqa"),
+    "similarity": ("pearson", "spearman"),
 }
 # What the span metrics are made of.
 SPAN_VALUES = ("exact_match", "f1")
@@ -69,7 +70,8 @@ class Task:
 
     Attributes:
         version: Raised when the task's definition changes.
-        kind: classification, regression or spans (answers cut from a text).
+        kind: classification, regression, spans (answers cut from a text), or similarity (of
+            sentence embeddings, which are scored as they are).
         family: Which of the option's settings train it.
         data: Where its data are; `files` instead for the user's own.
         train_data: Where the training split is, if elsewhere.
@@ -84,6 +86,7 @@ class Task:
         label_column: Whole numbers from 0 for classification (or names, in files).
         null_threshold: Of questions that may have no answer: the answer is empty where the null
             score is above that of the best span by more.
+        pooling: How a sentence is embedded for similarity: mean, or first_token.
         num_labels: Classes; null in files: those of the training file.
         metrics: Computed on each validation split.
         score: The value that stands for the task, such as accuracy_matched or f1_mean.
@@ -110,6 +113,7 @@ class Task:
     label_column: str = "label"
     num_labels: Optional[int] = None
     null_threshold: float = 0.0
+    pooling: str = "mean"
 
     @property
     def selected_by(self) -> str:
@@ -310,6 +314,10 @@ def _check_task(name: str, task: Task) -> None:
         raise ExperimentError(
             f"{where}.text_columns={task.text_columns} must name one or two columns"
         )
+    if task.kind == "similarity" and len(task.text_columns) != 2:
+        raise ExperimentError(f"{where}.text_columns={task.text_columns}: similarity needs two")
+    if task.pooling not in ("mean", "first_token"):
+        raise ExperimentError(f"{where}.pooling={task.pooling} is not mean or first_token")
     if task.kind == "classification" and task.num_labels is not None and task.num_labels < 2:
         raise ExperimentError(f"{where}.num_labels={task.num_labels} must be at least 2")
     if not 0 < task.held_out_fraction < 1:

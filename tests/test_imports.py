@@ -18,7 +18,7 @@ ORDER = [
     "documents", "corpus", "shuffle", "teacher_cache", "progress", "profiling", "distil",
     "tasks.examples", "tasks.splits", "tasks.tables", "tasks.data",
     "tasks.next_passage", "tasks.answers", "tasks.spans",
-    "tasks.metrics", "tasks.encode", "tasks.finetune", "speed", "result",
+    "tasks.metrics", "tasks.encode", "tasks.finetune", "tasks.similarity", "speed", "result",
     "run_folder", "export", "plots", "tracking", "stages", "downstream", "pipeline", "summary",
 ]  # fmt: skip
 

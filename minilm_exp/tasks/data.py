@@ -43,7 +43,7 @@ def load_task(name: str, task: Task, splits: Splits) -> TaskData:
     num_labels = 1
     if task.kind == "spans":
         convert: Callable[[Task, Table], dict[str, list[Any]]] = _spans
-    elif task.kind == "regression":
+    elif task.kind in ("regression", "similarity"):
         convert = functools.partial(_labelled, convert_label=_number)
     else:
         label_names = _label_names(name, task, tables["train"])

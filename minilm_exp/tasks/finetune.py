@@ -293,7 +293,7 @@ def predict(
     inputs = encoded.select_columns(names)
     lengths = encoded["length"][:]
     logits: list[Any] = [None] * len(encoded)
-    for rows in _batches(lengths):
+    for rows in batches_of_like_length(lengths):
         fetched = inputs[rows]
         batch = collate([{name: fetched[name][i] for name in names} for i in range(len(rows))])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -312,7 +312,7 @@ def predict(
     return logits
 
 
-def _batches(lengths: list[int]) -> Iterator[list[int]]:
+def batches_of_like_length(lengths: list[int]) -> Iterator[list[int]]:
     """Rows of like length, the longest first, so that memory is taken once."""
     batch: list[int] = []
     longest = 0
