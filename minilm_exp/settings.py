@@ -84,6 +84,7 @@ class Student:
     intermediate_size: Optional[int]
     embedding_size: Optional[int]
     init: str
+    init_layers: Any
     path: Optional[str]
     config: Optional[str]
 
@@ -349,6 +350,7 @@ def parse(
         settings.data_root = os.path.abspath(os.path.expanduser(settings.data_root))
     _check_values(settings)
     _check_baseline(settings.baseline)
+    _resolve_init(settings)
     settings.stages = _parse_stages(config)
     if settings.recipe.name == "teacher_assistant":
         settings.notes.append(_assistant_note(settings))
@@ -361,7 +363,6 @@ def parse(
     if "corpus" not in settings.unread_groups:
         _check_corpus(settings)
     check_tasks(settings.tasks, settings.task_training, _max_tokens(settings, student_facts))
-    _resolve_init(settings)
     return settings
 
 
@@ -765,6 +766,49 @@ def _check_relations(settings: Settings, where: str, term: RelationTerm) -> None
             )
 
 
+def init_layers(student: Student, teacher_layer: int) -> list[int]:
+    """The teacher's layers, counted from 1, that a student of teacher layers begins with.
+
+    Args:
+        student: Its num_layers (M) and init_layers.
+        teacher_layer: The layer that is distilled (l); no layer above it is of use.
+
+    Returns:
+        evenly: round(m l / M) for m = 1..M. every_second: 2, 4, .. 2M. first: 1..M. last: the M
+        layers up to l. Or the list that was given.
+    """
+    number = student.num_layers
+    if isinstance(student.init_layers, list):
+        return [int(layer) for layer in student.init_layers]
+    return {
+        "evenly": [round((m + 1) * teacher_layer / number) for m in range(number)],
+        "every_second": [2 * (m + 1) for m in range(number)],
+        "first": [m + 1 for m in range(number)],
+        "last": [teacher_layer - number + m + 1 for m in range(number)],
+    }[student.init_layers]
+
+
+def _check_init_layers(settings: Settings) -> None:
+    student, highest = settings.student, settings.teacher.num_layers
+    given = student.init_layers
+    is_list = isinstance(given, list) and all(type(layer) is int for layer in given)
+    if not is_list and given not in ("evenly", "every_second", "first", "last"):
+        raise ExperimentError(
+            f"student.init_layers={given} is not evenly, every_second, first, last or a list of"
+            " the teacher's layers"
+        )
+    layers = init_layers(student, settings.layer_selection.teacher_layer)
+    if len(layers) != student.num_layers:
+        raise ExperimentError(
+            f"student.init_layers={given} names {len(layers)} layers, but"
+            f" student.num_layers={student.num_layers}"
+        )
+    if min(layers) < 1 or max(layers) > highest:
+        raise ExperimentError(
+            f"student.init_layers={given} takes the layers {layers}; the teacher has 1..{highest}"
+        )
+
+
 def _check_init(settings: Settings) -> None:
     if settings.student.init != "teacher_layers" or settings.student.path is not None:
         return
@@ -785,6 +829,7 @@ def _check_init(settings: Settings) -> None:
             f"student.init=teacher_layers takes {settings.student.num_layers} of the teacher's"
             f" layers 1..{layer}; lower student.num_layers or use student.init=random"
         )
+    _check_init_layers(settings)
 
 
 def _check_corpus(settings: Settings) -> None:

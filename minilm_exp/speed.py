@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from minilm_exp.settings import max_tokens
+
 _WARMUP_ROUNDS = 2
 # Tokens of QNLI's pairs with BERT's uncased vocabulary, cut off at 128: each twentieth of 4,000 of
 # them, from the shortest to the longest.
@@ -48,15 +50,19 @@ def measure_speedup(
 ) -> float:
     """Median over batches of the baseline's forward time divided by the model's.
 
-    MiniLM (section 4.1) times 100 batches of QNLI. Here the batches have QNLI's lengths and any
-    tokens, and both models read each batch in turn, so that a change in the machine's speed touches
-    both; whole encoders, float32.
+    MiniLM (section 4.1) times 100 batches of QNLI. Here the batches have QNLI's lengths, cut off
+    where a model has too few positions, and any tokens, and both models read each batch in turn, so
+    that a change in the machine's speed touches both; whole encoders, float32.
     """
     models = [one.eval().to(device) for one in (baseline, model)]
     draw = numpy.random.default_rng(0)
+    longest = min(
+        max_tokens(one.config.model_type, one.config.max_position_embeddings) for one in models
+    )
+    vocab_size = min(one.config.vocab_size for one in models)
     ratios = []
     for round_number in range(_WARMUP_ROUNDS + num_batches):
-        batch = _batch(draw, batch_size, min(one.config.vocab_size for one in models), device)
+        batch = _batch(draw, batch_size, vocab_size, longest, device)
         seconds = [_time(one, batch) for one in models]
         if round_number >= _WARMUP_ROUNDS:
             ratios.append(seconds[0] / seconds[1])
@@ -64,11 +70,12 @@ def measure_speedup(
 
 
 def _batch(
-    draw: numpy.random.Generator, batch_size: int, vocab_size: int, device: str
+    draw: numpy.random.Generator, batch_size: int, vocab_size: int, longest: int, device: str
 ) -> dict[str, Tensor]:
     twentieths = numpy.arange(len(QNLI_LENGTHS))
     places = draw.uniform(0, twentieths[-1], batch_size)
-    lengths = torch.from_numpy(numpy.interp(places, twentieths, QNLI_LENGTHS).astype("int64"))
+    sizes = numpy.interp(places, twentieths, QNLI_LENGTHS).astype("int64")
+    lengths = torch.from_numpy(sizes.clip(max=longest))
     longest = int(lengths.max())
     ids = torch.from_numpy(draw.integers(vocab_size // 2, vocab_size, (batch_size, longest)))
     mask = (torch.arange(longest) < lengths[:, None]).long()

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from minilm_exp.errors import ExperimentError, reason_of
-from minilm_exp.settings import Student
+from minilm_exp.settings import Student, init_layers
 from minilm_exp.states import StateTap, layers_of
 from minilm_exp.teacher import load_whole_encoder
 
@@ -39,8 +39,8 @@ def build_student(
 
     The feed-forward size is 4 x hidden_size, as in the released students (the papers do not say),
     or the teacher's own ratio where the feed-forward is gated. Random weights are drawn as the
-    architecture's library class does it. With init=teacher_layers student layer i of M gets the
-    weights of teacher layer round(i x l / M), where l is the layer that is distilled.
+    architecture's library class does it. With init=teacher_layers they are those of the teacher's
+    layers that `init_layers` names, and of its embeddings.
 
     Args:
         student: Shape and start.
@@ -68,7 +68,7 @@ def build_student(
             f"student: {config.model_type} cannot be built in this shape: {error}"
         ) from error
     if student.init == "teacher_layers":
-        _copy_teacher_layers(encoder, teacher, teacher_layer)
+        _copy_teacher_layers(encoder, teacher, init_layers(student, teacher_layer))
     return encoder
 
 
@@ -197,14 +197,12 @@ def _set_embedding_size(
 
 
 def _copy_teacher_layers(
-    encoder: PreTrainedModel, teacher: PreTrainedModel, teacher_layer: int
+    encoder: PreTrainedModel, teacher: PreTrainedModel, sources: list[int]
 ) -> None:
     student_layers, teacher_layers = layers_of(encoder), layers_of(teacher)
-    num_layers = len(student_layers)
     try:
-        for index in range(num_layers):
-            source = round((index + 1) * teacher_layer / num_layers) - 1
-            student_layers[index].load_state_dict(teacher_layers[source].state_dict())
+        for layer, source in zip(student_layers, sources):
+            layer.load_state_dict(teacher_layers[source - 1].state_dict())
         prefix = next(name for name, m in encoder.named_modules() if m is student_layers)
         outside = {
             name: tensor

@@ -533,6 +533,42 @@ WRONG_VALUES = {
     "no server": (["tracking=server"], "tracking.uri"),
     "files that are not there": (["corpus.files=[/nowhere/*.txt]"], "/nowhere/*.txt"),
     "no such pair": (["relation_set.pairs=[qq,qx]"], "relation_set.pairs"),
+    "no such start": (["student.init_layers=middle"], "student.init_layers=middle"),
+    "start of other length": (["student.init_layers=[1,2]"], "names 2 layers"),
+    "start above the teacher": (["student.init_layers=[1,2,9]"], "teacher has 1..6"),
+    "start of text": (["student.init_layers=[a,b,c]"], "student.init_layers="),
+    "every second of too few": (
+        ["student.num_layers=4", "student.init_layers=every_second"],
+        "[2, 4, 6, 8]",
+    ),
+    "no such kind": (["objective.terms.relations.kind=x"], "objective.terms.relations.kind=x"),
+    "setting of another kind": (["+objective.terms.relations.distance=mse"], "no such setting"),
+    "no such layers": (
+        ["objective.terms.relations.layers=all"],
+        "objective.terms.relations.layers",
+    ),
+    "layers that are no pairs": (["objective.terms.relations.layers=[1,2]"], "pairs"),
+    "layer above the student": (
+        ["objective.terms.relations.layers=[[6,4]]"],
+        "the student has layers 1..3, not 4",
+    ),
+    "relations of embeddings": (
+        ["objective.terms.relations.layers=[[0,0]]"],
+        "the teacher has layers 1..6, not 0",
+    ),
+    "weight below zero": (["objective.terms.relations.weight=-1"], "weight=-1"),
+    "no such distance": (
+        ["objective=tinybert", "objective.terms.hidden.distance=far"],
+        "distance=far",
+    ),
+    "two poolings": (
+        ["objective=sentence_embedding", "objective.terms.embedding.transforms=[mean,first_token]"],
+        "not both",
+    ),
+    "skip of a single layer": (
+        ["student.num_layers=1", "objective=tinybert", "objective.terms.hidden.layers=skip"],
+        "is empty for a student of 1 layers",
+    ),
     "pair twice": (["relation_set.pairs=[qq,qq]"], "relation_set.pairs"),
     "no pair": (["relation_set.pairs=[]"], "relation_set.pairs"),
     "block too long": (["corpus.block_length=513"], "corpus.block_length=513"),

@@ -44,6 +44,7 @@ def make_student(**changes):
         "intermediate_size": None,
         "embedding_size": None,
         "init": "random",
+        "init_layers": "evenly",
         "path": None,
         "config": None,
     }
@@ -251,6 +252,28 @@ def test_teacher_layers_are_copied(
     expected = teacher.embeddings.state_dict()
     for name, tensor in encoder.embeddings.state_dict().items():
         assert torch.equal(tensor, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "sources"),
+    [("every_second", [2, 4]), ("first", [1, 2]), ("last", [2, 3]), ([4, 1], [4, 1])],
+    ids=str,
+)
+def test_chosen_teacher_layers_are_copied(chosen, sources, tiny_bert, build):
+    """A strategy that counts from 0, or takes layers above the one that is distilled."""
+    encoder = build(
+        tiny_bert,
+        teacher_layer=3,
+        init="teacher_layers",
+        init_layers=chosen,
+        hidden_size=32,
+        num_attention_heads=4,
+        intermediate_size=48,
+    )
+    for layer, source in zip(layers_of(encoder), sources, strict=True):
+        expected = layers_of(tiny_bert)[source - 1].state_dict()
+        for name, tensor in layer.state_dict().items():
+            assert torch.equal(tensor, expected[name])
 
 
 def test_all_layers_copied_give_the_teachers_states(tiny_bert, build):

@@ -1,0 +1,286 @@
+"""Recipes of several stages: what they are made of, and what is left of them when they stop."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from minilm_exp import stages
+from minilm_exp.errors import ExperimentError
+from minilm_exp.pipeline import run_experiment
+from minilm_exp.settings import parse
+
+pytestmark = pytest.mark.usefixtures("quick_collection")
+
+THREE = {
+    "first": {"student": {"num_layers": 3}, "training": {"max_steps": 4}},
+    "second": {"teacher": "first", "training": {"learning_rate": 5e-4}},
+    "third": {
+        "start": "second",
+        "objective": {
+            "name": "mine",
+            "terms": {
+                "states": {
+                    "kind": "states",
+                    "state": "hidden",
+                    "layers": [[4, 2], [2, 1]],
+                    "projection": "each",
+                    "distance": "cosine",
+                },
+                "scores": {"kind": "relations", "pairs": ["qk"], "num_relation_heads": 4},
+            },
+        },
+    },
+}
+
+
+@pytest.fixture
+def settings_of(compose_config, tiny_teacher_folder, tmp_path):
+    """Settings of a recipe that a user wrote, on a tiny teacher of 4 layers and 32 dimensions."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"the model number {i} and the teacher" for i in range(200)))
+
+    def made(recipe_stages, *overrides, **values):
+        config = compose_config(
+            "experiment=smoke", "teacher=custom", f"teacher.path={tiny_teacher_folder}",
+            "student.hidden_size=32", "student.num_attention_heads=4", "task=none",
+            "relation_set.num_relation_heads=4",
+            "corpus=text_files", f"corpus.files=[{text}]", *overrides,
+        )  # fmt: skip
+        OmegaConf.set_struct(config, False)
+        config.outputs_dir = str(tmp_path / "outputs")
+        if recipe_stages is not None:
+            config.recipe.name = "mine"
+            config.recipe.stages = recipe_stages
+        for name, value in values.items():
+            OmegaConf.update(config, name, value)
+        return parse(config)
+
+    return made
+
+
+# What a stage is made of
+
+
+def test_stage_differs_from_the_run_only_where_it_says(settings_of):
+    """A stage that forgets the run's settings, or one whose settings leak into the next."""
+    settings = settings_of(THREE)
+    first, second, third = settings.stages
+    assert [stage.name for stage in settings.chain] == ["first", "second", "third"]
+    assert first.settings.student.num_layers == 3
+    assert second.settings.student.num_layers == settings.student.num_layers == 2
+    assert first.settings.training == dataclasses.replace(settings.training, max_steps=4)
+    assert second.settings.training == dataclasses.replace(settings.training, learning_rate=5e-4)
+    assert third.settings.training == settings.training
+    assert first.settings.objective == settings.objective
+    assert third.settings.objective.name == "mine"
+    assert (first.teacher, second.teacher, third.teacher) == ("teacher", "first", "teacher")
+    assert third.start == "second"
+
+
+def test_student_of_a_stage_is_the_teacher_of_another(settings_of):
+    """The run's teacher, or its layers and heads, where the assistant's are meant."""
+    teacher = settings_of(THREE).stages[1].settings.teacher
+    assert (teacher.name, teacher.num_layers, teacher.hidden_size) == ("first", 3, 32)
+    assert teacher.path is None
+    second = settings_of(THREE).stages[1].settings
+    assert second.layer_selection.teacher_layer == 3  # of the assistant
+
+
+def test_single_stage_is_the_run_itself(settings_of):
+    """The default recipe with a key, a folder or a name of its own."""
+    settings = settings_of(None)
+    [stage] = settings.chain
+    assert stage.settings is settings and settings.stages == []
+
+
+WRONG = {
+    "teacher that comes later": ({"a": {"teacher": "b"}, "b": {}}, "recipe.stages.a.teacher=b"),
+    "start that is not there": ({"a": {"start": "x"}}, "recipe.stages.a.start=x"),
+    "start from the teacher": ({"a": {"start": "teacher"}}, "recipe.stages.a.start=teacher"),
+    "unknown key": ({"a": {"teachr": "teacher"}}, "recipe.stages.a"),
+    "unknown setting": ({"a": {"training": {"max_stepz": 3}}}, "max_stepz"),
+    "wrong value": ({"a": {"training": {"max_steps": 0}}}, "training.max_steps=0"),
+    "wrong layer": (
+        {"a": {"layer_selection": {"teacher_layer": 9}}},
+        "layer_selection.teacher_layer=9 is outside 1..4",
+    ),
+    "wrong term": (
+        {"a": {"objective": {"name": "x", "terms": {"t": {"kind": "magic"}}}}},
+        "objective.terms.t.kind=magic",
+    ),
+}
+
+
+@pytest.mark.parametrize(("given", "named"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_stage_is_named(settings_of, given, named):
+    """A chain that fails in its last stage, after days."""
+    with pytest.raises(ExperimentError) as caught:
+        settings_of(given)
+    assert named in str(caught.value)
+    assert "recipe.stages.a" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden_size", "word"),
+    [(2, 16, "are"), (3, 16, "are not"), (2, 32, "are not")],
+)
+def test_assistant_says_whether_the_paper_would_use_one(settings_of, layers, hidden_size, word):
+    """An assistant where the paper found no use for it, without a word."""
+    settings = settings_of(
+        None,
+        "recipe=teacher_assistant",
+        f"student.num_layers={layers}",
+        f"student.hidden_size={hidden_size}",
+    )
+    [note] = [note for note in settings.notes if "teacher_assistant" in note]
+    assert note.endswith(f"of 32 {word}") or f"of 32 {word}, so" in note
+    assistant, student = settings.stages
+    assert assistant.settings.student.num_layers == 4
+    assert assistant.settings.student.hidden_size == hidden_size
+    assert student.settings.teacher.num_layers == 4
+
+
+# Runs
+
+
+def children(outputs, run_id):
+    client = MlflowClient(tracking_uri=f"sqlite:///{outputs}/mlflow.db")
+    experiment = client.get_run(run_id).info.experiment_id
+    runs = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    return sorted(runs, key=lambda run: run.info.start_time)
+
+
+def history(outputs, run_id, name):
+    client = MlflowClient(tracking_uri=f"sqlite:///{outputs}/mlflow.db")
+    return [(m.step, m.value) for m in client.get_metric_history(run_id, name)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Filled by the first test that runs the three stages."""
+    return {}
+
+
+def run_three(settings_of, *overrides, **values):
+    return run_experiment(settings_of(THREE, *overrides, **values))
+
+
+def test_three_stages_of_a_user(settings_of, whole):
+    """A stage left out, one that trains another model, or runs that nobody finds again."""
+    result = run_three(settings_of)
+    folder = Path(result.folder)
+    assert result.status == "FINISHED"
+    assert list(result.stages) == ["first", "second", "third"]
+    assert set(result.stages["third"]) == {"states", "scores/query-key", "total"}
+    assert result.validation_losses == result.stages["third"]
+    parts = children(folder.parents[1], result.run_id)
+    assert [part.info.run_name for part in parts] == [
+        "stage first", "stage second", "stage third"
+    ]  # fmt: skip
+    assert {part.info.status for part in parts} == {"FINISHED"}
+    assert [part.data.params["teacher"] for part in parts] == ["tiny_bert", "first", "tiny_bert"]
+    assert [part.data.params["training.max_steps"] for part in parts] == ["4", "6", "6"]
+    for part in parts:
+        assert "distill/validation/total" in part.data.metrics
+    sizes = {
+        name: json.loads((folder / "stages" / name / "student" / "config.json").read_text())[
+            "num_hidden_layers"
+        ]
+        for name in result.stages
+    }
+    assert sizes == {"first": 3, "second": 2, "third": 2}
+    # The last stage went on with the student of the second, and changed it.
+    weights = {
+        name: load_file(folder / "stages" / name / "student" / "model.safetensors")
+        for name in ("second", "third")
+    }
+    name = "embeddings.word_embeddings.weight"
+    assert not weights["second"][name].equal(weights["third"][name])
+    final = load_file(folder / "student" / "model.safetensors")
+    assert all(final[key].equal(tensor) for key, tensor in weights["third"].items())
+    assert not list(folder.glob("**/checkpoint-*"))
+    whole["weights"], whole["result"] = weights["third"], result
+    whole["histories"] = {
+        part.data.tags["stage"]: history(folder.parents[1], part.info.run_id, "distill/loss/total")
+        for part in parts
+    }
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("stage_name, step", [("first", 4), ("second", 4), ("third", 4)])
+def test_stopped_chain_goes_on_where_it_was(settings_of, whole, stage_name, step, monkeypatch):
+    """Finished stages trained again, another student than without the stop, steps logged twice."""
+    if not whole:
+        test_three_stages_of_a_user(settings_of, whole)
+    log_metrics = stages.Tracker.log_metrics
+    trained = []
+    distil = stages.distil
+
+    def counted(settings, *arguments):
+        trained.append(settings.training.max_steps)
+        return distil(settings, *arguments)
+
+    def stopping(self, metrics, at=0):
+        run = self._client.get_run(self.run_id)
+        if run.data.tags.get("stage") == stage_name and at == step:
+            raise Killed
+        return log_metrics(self, metrics, at)
+
+    monkeypatch.setattr(stages, "distil", counted)
+    monkeypatch.setattr(stages.Tracker, "log_metrics", stopping)
+    with pytest.raises(Killed):
+        run_three(settings_of)
+    monkeypatch.setattr(stages.Tracker, "log_metrics", log_metrics)
+    number = ["first", "second", "third"].index(stage_name)
+    assert len(trained) == number + 1
+    trained.clear()
+    result = run_three(settings_of, resume=True)
+    assert len(trained) == 3 - number
+    assert result.status == "FINISHED"
+    folder = Path(result.folder)
+    found = load_file(folder / "student" / "model.safetensors")
+    assert all(found[key].equal(tensor) for key, tensor in whole["weights"].items())
+    assert result.stages == whole["result"].stages
+    parts = children(folder.parents[1], result.run_id)
+    assert len(parts) == 3
+    for part in parts:
+        assert part.info.status == "FINISHED"
+        name = part.data.tags["stage"]
+        points = history(folder.parents[1], part.info.run_id, "distill/loss/total")
+        assert points == whole["histories"][name]
+
+
+def test_unfinished_chain_is_not_thrown_away(settings_of, monkeypatch):
+    """A restart without resume that deletes the stages which were finished."""
+    distil = stages.distil
+
+    def failing(settings, *arguments):
+        if settings.objective.name == "mine":
+            raise Killed
+        return distil(settings, *arguments)
+
+    monkeypatch.setattr(stages, "distil", failing)
+    with pytest.raises(Killed):
+        run_three(settings_of)
+    monkeypatch.setattr(stages, "distil", distil)
+    result = run_three(settings_of)
+    left = [path for path in Path(result.folder).parent.iterdir() if path.is_dir()]
+    assert len(left) == 2
+    assert all((path / "stages" / "second" / "losses.json").is_file() for path in left)
+    shutil.rmtree(result.folder)
+
+
+def test_cache_is_for_one_layer(settings_of):
+    """A cache asked for where it cannot hold what is needed, and silently not used."""
+    third = {"third": {"objective": THREE["third"]["objective"]}}
+    with pytest.raises(ExperimentError, match=r"teacher_cache=true.*objective=mine"):
+        run_experiment(settings_of(third, "runtime.teacher_cache=true"))
