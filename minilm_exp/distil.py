@@ -54,6 +54,7 @@ class Distiller(nn.Module):
         teacher_dtype: What the teacher's states are rounded to, cached or not.
         caches: Of the query, key and value of the one teacher layer that the objective needs, for
             the parts "train" and "validation"; without them the teacher runs each time.
+        teacher_ids: The teacher's id of each token of the student, where those differ.
     """
 
     def __init__(
@@ -63,8 +64,11 @@ class Distiller(nn.Module):
         objective: Objective,
         teacher_dtype: torch.dtype = torch.float32,
         caches: TeacherCaches | None = None,
+        teacher_ids: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self._teacher_ids: Tensor | None
+        self.register_buffer("_teacher_ids", teacher_ids, persistent=False)
         wanted = objective.teacher_states
         if caches is not None:
             wanted = set(qkv_states(next(iter(wanted)).layer))
@@ -100,7 +104,10 @@ class Distiller(nn.Module):
     ) -> dict[State, Tensor]:
         def run_teacher(rows: Tensor | slice) -> dict[State, Tensor]:
             mask = None if attention_mask is None else attention_mask[rows]
-            return self._teacher[0](input_ids=input_ids[rows], attention_mask=mask)
+            ids = input_ids[rows]
+            if self._teacher_ids is not None:
+                ids = self._teacher_ids[ids]
+            return self._teacher[0](input_ids=ids, attention_mask=mask)
 
         if self.caches is None or index is None:
             states = run_teacher(slice(None))
@@ -147,6 +154,7 @@ def distil(
     log_metrics: LogMetrics,
     caches: TeacherCaches | None = None,
     profile_folder: Path | None = None,
+    teacher_ids: Tensor | None = None,
 ) -> dict[str, float]:
     """Trains the student in place and returns its final validation losses.
 
@@ -155,7 +163,7 @@ def distil(
         teacher: Frozen model.
         student: Model that is trained. What the loss cannot reach keeps its weights.
         objective: What is minimised, made for these two.
-        tokenizer: For padding, where the corpus is not packed.
+        tokenizer: The student's; for padding, where the corpus is not packed.
         corpus: Blocks to train on and held-out ones.
         precision: fp32 or bf16.
         checkpoints: Folder for checkpoints; with settings.resume the last whole one is gone on
@@ -163,6 +171,7 @@ def distil(
         log_metrics: Called with metrics and the step they belong to.
         caches: Of the teacher's states; None runs the teacher each time.
         profile_folder: Where a trace of a few steps is written, if anywhere.
+        teacher_ids: The teacher's id of each token of the student, where those differ.
 
     Returns:
         Of the held-out blocks the mean of each of `objective.names` ("query-query"), and of the
@@ -187,6 +196,7 @@ def distil(
         objective,
         teacher_dtype(precision, settings.runtime.teacher_cache),
         caches,
+        teacher_ids,
     )
     untrained = [student.get_parameter(name) for name in untrained_parameters(distiller.student)]
     for parameter in untrained:

@@ -157,12 +157,11 @@ def _distil_and_score(
     if len(stages) > 1:
         result.stages = distilled.losses
 
-    encoders = {
-        "student": distilled.student,
-        "undistilled": distilled.undistilled,
-        "teacher": teacher,
+    models = {
+        "student": Model(distilled.student, distilled.tokenizer),
+        "undistilled": Model(distilled.undistilled, distilled.tokenizer),
+        "teacher": Model(teacher, tokenizer),
     }
-    models = {role: Model(encoder, tokenizer) for role, encoder in encoders.items()}
     _measure(settings, models, tracker, result)
     _score(settings, tasks, models, scoring, result)
     write_model_card(folder / "student", settings, result, distilled.untrained)

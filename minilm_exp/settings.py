@@ -85,6 +85,8 @@ class Student:
     embedding_size: Optional[int]
     init: str
     init_layers: Any
+    vocabulary: str
+    min_token_count: int
     path: Optional[str]
     config: Optional[str]
 
@@ -446,7 +448,8 @@ def _become_teacher(config: DictConfig, stage: Stage) -> None:
 
 def _continue(config: DictConfig, student: Student) -> None:
     """The shape of the student that goes on; its weights come from the stage's folder."""
-    config.student = asdict(student) | {"init": "random", "path": None, "config": None}
+    changes = {"init": "random", "vocabulary": "full", "path": None, "config": None}
+    config.student = asdict(student) | changes
 
 
 def _max_tokens(settings: Settings, student_facts: dict[str, Any] | None) -> int | None:
@@ -576,7 +579,8 @@ def _check_student(settings: Settings, facts: dict[str, Any] | None) -> None:
     if facts is None:
         return
     source, teacher = settings.student.config or settings.student.path, settings.teacher
-    if facts["vocab_size"] != teacher.vocab_size:
+    is_pruned = settings.student.path is not None and facts["vocab_size"] < teacher.vocab_size
+    if facts["vocab_size"] != teacher.vocab_size and not is_pruned:
         raise ExperimentError(
             f"the student of {source} has a vocabulary of {facts['vocab_size']}, the teacher of"
             f" {teacher.vocab_size}: relations need the same tokens on both sides; choose a student"
@@ -600,6 +604,7 @@ def _check_values(settings: Settings) -> None:
     for name, value, choices in (
         ("teacher.weights", settings.teacher.weights, ("pretrained", "random")),
         ("student.init", student.init, ("random", "teacher_layers", "auto")),
+        ("student.vocabulary", student.vocabulary, ("full", "prune_to_corpus")),
         ("corpus.split", settings.corpus.split, ("document", "sentence")),
         *(("recipe.models", name, ROLES) for name in settings.recipe.models),
         ("training.precision", training.precision, ("auto", "fp32", "bf16")),
@@ -620,6 +625,7 @@ def _check_values(settings: Settings) -> None:
         "student.num_attention_heads": student.num_attention_heads,
         "student.intermediate_size": student.intermediate_size,
         "student.embedding_size": student.embedding_size,
+        "student.min_token_count": student.min_token_count,
         "runtime.microbatch_size": runtime.microbatch_size,
         "runtime.num_threads": runtime.num_threads,
         "runtime.teacher_cache_gb": runtime.teacher_cache_gb,
@@ -851,6 +857,11 @@ def _check_corpus(settings: Settings) -> None:
         )
     if corpus.pretokenized and not corpus.files:
         raise ExperimentError("corpus.pretokenized=true needs corpus.files=[...]")
+    if corpus.pretokenized and settings.student.vocabulary == "prune_to_corpus":
+        raise ExperimentError(
+            "student.vocabulary=prune_to_corpus needs text, which it tokenises again; pretokenized"
+            " input has none"
+        )
     if corpus.pretokenized and corpus.split == "sentence":
         raise ExperimentError("corpus.split=sentence needs text; pretokenized input has none")
     if (

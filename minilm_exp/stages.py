@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minilm_exp.corpus import PreparedCorpus, prepare_corpus
@@ -23,9 +25,15 @@ from minilm_exp.provenance import RESULTS_VERSION, fingerprint_model, fingerprin
 from minilm_exp.result import write_json
 from minilm_exp.settings import Settings, Stage
 from minilm_exp.states import QKV, State, StateTap, state_size
-from minilm_exp.student import build_student, load_checkpoint, untrained_parameters
+from minilm_exp.student import (
+    build_student,
+    load_checkpoint,
+    load_checkpoint_tokenizer,
+    untrained_parameters,
+)
 from minilm_exp.teacher_cache import CACHE_VERSION, TeacherCaches, plan_teacher_cache
 from minilm_exp.tracking import Tracker
+from minilm_exp.vocabulary import count_tokens, match_vocabularies, prune_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -37,12 +45,14 @@ class Distilled:
     Attributes:
         student: With its last weights.
         undistilled: The same with its first.
+        tokenizer: Of both; the teacher's, or what was cut down of it.
         untrained: Names of the parameters that no stage of this student reached.
         losses: Validation losses of every stage, by its name.
     """
 
     student: PreTrainedModel
     undistilled: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
     untrained: list[str]
     losses: dict[str, dict[str, float]]
 
@@ -58,7 +68,7 @@ class Chain:
         settings: The run.
         teacher: Frozen encoder.
         inputs: Fingerprints of the content behind every input, see `run_key`.
-        tokenizer: Of all models.
+        tokenizer: The teacher's.
         folder: The run folder.
         tracker: Of the run.
         grid: Runs for one seed that read the same teacher states, and seeds.
@@ -75,8 +85,9 @@ class Chain:
         grid: tuple[int, int],
     ) -> None:
         self.settings = settings
-        self.teacher, self.inputs = teacher, inputs
-        self.tokenizer, self.folder = tokenizer, folder
+        self.teacher, self.inputs, self.folder = teacher, inputs, folder
+        # Of the teacher and of each stage's student.
+        self._tokenizers = {"teacher": tokenizer}
         self.tracker, self.grid = tracker, grid
         self._first: dict[str, PreTrainedModel] = {}
         self._untrained: dict[str, set[str]] = {}
@@ -92,20 +103,23 @@ class Chain:
         for stage in self.settings.chain:
             student, losses[stage.name] = self._run_stage(stage)
         last = stage.name
-        save_student(student, self.teacher, self.tokenizer, self.folder / "student")
-        return Distilled(student, self._first[last], sorted(self._untrained[last]), losses)
+        tokenizer = self._tokenizers[last]
+        save_student(student, self.teacher, tokenizer, self.folder / "student")
+        untrained = sorted(self._untrained[last])
+        return Distilled(student, self._first[last], tokenizer, untrained, losses)
 
     def _run_stage(self, stage: Stage) -> tuple[PreTrainedModel, dict[str, float]]:
         settings = stage.settings
         teacher, fingerprint = self._teacher_of(stage)
-        student = self._student_of(stage, teacher)
+        tokenizer = self._tokenizers[stage.name] = self._tokenizer_of(stage)
+        teacher_ids = match_vocabularies(tokenizer, self._tokenizers[stage.teacher])
+        student = self._student_of(stage, teacher, tokenizer, teacher_ids)
         objective = build_objective(settings, teacher, student)
         self._note_untrained(stage, student, objective)
         place = self._place(stage.name)
         finished = None if self._is_single else _read(place / "losses.json")
         if finished is None:
-            named = self.inputs.get(f"corpus.{stage.name}", self.inputs["corpus"])
-            corpus = open_corpus(settings, self.tokenizer, named)
+            corpus = self._corpus_of(stage, tokenizer)
             tracker = self._start(stage, place)
             try:
                 precision = resolve_precision(settings.training.precision, settings.runtime.device)
@@ -119,13 +133,14 @@ class Chain:
                         teacher,
                         student,
                         objective,
-                        self.tokenizer,
+                        tokenizer,
                         corpus,
                         precision,
                         place / "checkpoints",
                         tracker.log_metrics,
                         caches,
                         place / "profile" if settings.profile else None,
+                        teacher_ids,
                     )
                 finally:
                     if caches is not None:
@@ -133,7 +148,7 @@ class Chain:
                 tracker.log_metrics({f"distill/final/{n}": v for n, v in finished.items()})
                 tracker.log_figure(loss_curves(tracker.history, list(finished)), "plots/loss.png")
                 if not self._is_single:
-                    save_student(student, teacher, self.tokenizer, place / "student")
+                    save_student(student, teacher, tokenizer, place / "student")
                     write_json(place / "losses.json", finished)
                     if settings.profile:
                         tracker.log_artifact(place / "profile")
@@ -161,7 +176,36 @@ class Chain:
         encoder, _ = load_checkpoint(str(folder))
         return encoder.eval().requires_grad_(False), fingerprint_model(folder)
 
-    def _student_of(self, stage: Stage, teacher: PreTrainedModel) -> PreTrainedModel:
+    def _tokenizer_of(self, stage: Stage) -> PreTrainedTokenizerFast:
+        """Of the stage's student."""
+        settings = stage.settings
+        if stage.start is not None:
+            return self._tokenizers[stage.start]
+        if settings.student.path is not None:
+            return load_checkpoint_tokenizer(settings.student.path)
+        whole = self._tokenizers[stage.teacher]
+        if settings.student.vocabulary == "full":
+            return whole
+        corpus = self._corpus_of(stage, whole)
+        counts = sum(
+            count_tokens(part.ids, len(whole)) for part in (corpus.train, corpus.validation)
+        )
+        assert isinstance(counts, numpy.ndarray)
+        tokenizer = prune_tokenizer(whole, counts, settings.student.min_token_count)
+        _log.info("student.vocabulary: %d of %d tokens stay", len(tokenizer), len(whole))
+        return tokenizer
+
+    def _corpus_of(self, stage: Stage, tokenizer: PreTrainedTokenizerFast) -> PreparedCorpus:
+        fingerprint = self.inputs.get(f"corpus.{stage.name}", self.inputs["corpus"])
+        return open_corpus(stage.settings, tokenizer, fingerprint)
+
+    def _student_of(
+        self,
+        stage: Stage,
+        teacher: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        teacher_ids: Tensor | None,
+    ) -> PreTrainedModel:
         settings = stage.settings
         dropout = (settings.training.hidden_dropout, settings.training.attention_dropout)
         if stage.start is not None:
@@ -171,10 +215,11 @@ class Chain:
         student = build_student(
             settings.student,
             teacher,
-            self.tokenizer,
+            tokenizer,
             settings.layer_selection.teacher_layer,
             dropout,
             settings.seed,
+            teacher_ids,
         )
         self._first[stage.name] = copy.deepcopy(student)
         return student

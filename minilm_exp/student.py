@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -34,6 +34,7 @@ def build_student(
     teacher_layer: int,
     dropout: tuple[float, float],
     seed: int,
+    teacher_ids: Tensor | None = None,
 ) -> PreTrainedModel:
     """An encoder of the teacher's architecture in the student's shape, with its first weights.
 
@@ -45,10 +46,11 @@ def build_student(
     Args:
         student: Shape and start.
         teacher: Gives the architecture, and the weights where init asks for them.
-        tokenizer: The teacher's, which is also the student's.
+        tokenizer: The student's.
         teacher_layer: The layer that is distilled, counted from 1.
         dropout: Probabilities for hidden states and attention while distilling.
         seed: Of the random weights.
+        teacher_ids: The teacher's id of each token of the student, where those differ.
 
     Raises:
         ExperimentError: The shape does not exist in this architecture, or the tokens differ.
@@ -60,6 +62,11 @@ def build_student(
     else:
         config = _shaped_config(student, teacher, teacher_layer)
     set_dropout(config, *dropout)
+    if teacher_ids is not None:
+        config.vocab_size = len(teacher_ids)
+        for name in ("pad", "bos", "eos", "sep", "cls", "mask"):
+            if getattr(config, f"{name}_token_id", None) is not None:
+                setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
     torch.manual_seed(seed)
     try:
         encoder = AutoModel.from_config(config, dtype=torch.float32)
@@ -68,7 +75,7 @@ def build_student(
             f"student: {config.model_type} cannot be built in this shape: {error}"
         ) from error
     if student.init == "teacher_layers":
-        _copy_teacher_layers(encoder, teacher, init_layers(student, teacher_layer))
+        _copy_teacher_layers(encoder, teacher, init_layers(student, teacher_layer), teacher_ids)
     return encoder
 
 
@@ -197,7 +204,10 @@ def _set_embedding_size(
 
 
 def _copy_teacher_layers(
-    encoder: PreTrainedModel, teacher: PreTrainedModel, sources: list[int]
+    encoder: PreTrainedModel,
+    teacher: PreTrainedModel,
+    sources: list[int],
+    teacher_ids: Tensor | None,
 ) -> None:
     student_layers, teacher_layers = layers_of(encoder), layers_of(teacher)
     try:
@@ -209,6 +219,10 @@ def _copy_teacher_layers(
             for name, tensor in teacher.state_dict().items()
             if not name.startswith(f"{prefix}.")
         }
+        if teacher_ids is not None:
+            embeddings = teacher.get_input_embeddings()
+            name = next(name for name, m in teacher.named_modules() if m is embeddings)
+            outside[f"{name}.weight"] = outside[f"{name}.weight"][teacher_ids]
         encoder.load_state_dict(outside, strict=False)
     except RuntimeError as error:
         raise ExperimentError(
@@ -231,14 +245,30 @@ def load_checkpoint(
         ExperimentError: They cannot be loaded.
     """
     folder = Path(path).expanduser()
+    tokenizer = load_checkpoint_tokenizer(path)
     try:
         config = AutoConfig.from_pretrained(folder)
         if dropout is not None:
             set_dropout(config, *dropout)
         encoder = load_whole_encoder(folder, config)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
     except ExperimentError:
         raise
+    except Exception as error:  # files can be wrong in as many ways as there are loaders
+        raise ExperimentError(
+            f"student.path: {folder} cannot be loaded: {reason_of(error)}"
+        ) from error
+    return encoder, tokenizer
+
+
+def load_checkpoint_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder.
+
+    Raises:
+        ExperimentError: It cannot be loaded, or is not a fast one.
+    """
+    folder = Path(path).expanduser()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # files can be wrong in as many ways as there are loaders
         raise ExperimentError(
             f"student.path: {folder} cannot be loaded: {reason_of(error)}"
@@ -248,7 +278,7 @@ def load_checkpoint(
             f"student.path: {folder} has no fast tokenizer (tokenizer.json); convert it with"
             " transformers first"
         )
-    return encoder, tokenizer
+    return tokenizer
 
 
 def _load(
@@ -260,7 +290,7 @@ def _load(
     encoder, own_tokenizer = load_checkpoint(path, dropout)
     if own_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ExperimentError(
-            f"student.path: the tokenizer of {path} has another vocabulary than the teacher's;"
+            f"student.path: the tokenizer of {path} has another vocabulary than expected;"
             " relations need the same tokens on both sides"
         )
     if type(encoder) is not type(teacher):

@@ -56,7 +56,8 @@ def prune_tokenizer(
             " set student.vocabulary=full"
         )
     names = _names(model)
-    needed = {names[index] for index in numpy.flatnonzero(counts >= min_count) if index in names}
+    frequent = [int(index) for index in numpy.flatnonzero(counts >= min_count)]
+    needed = {names[index] for index in frequent if index in names}
     needed |= {added["content"] for added in described["added_tokens"]}
     needed |= {str(token) for token in tokenizer.all_special_tokens}
     if model.get("unk_token"):
@@ -194,5 +195,6 @@ def _rebuilt(
     tokenizer: PreTrainedTokenizerFast, described: dict[str, Any]
 ) -> PreTrainedTokenizerFast:
     pruned = copy.deepcopy(tokenizer)
-    pruned._tokenizer = Tokenizer.from_str(json.dumps(described))
+    # The library has no public way to put another backend under a tokenizer's settings.
+    vars(pruned)["_tokenizer"] = Tokenizer.from_str(json.dumps(described))
     return pruned

@@ -14,7 +14,7 @@ ORDER = [
     "errors", "redaction", "hub", "teacher_facts", "task_settings", "objective_settings",
     "settings", "precision", "provenance",
     "relations_block", "relations_triton", "relations", "attention", "states", "objectives",
-    "teacher", "student",
+    "teacher", "student", "vocabulary",
     "documents", "corpus", "shuffle", "teacher_cache", "progress", "profiling", "distil",
     "tasks.examples", "tasks.splits", "tasks.tables", "tasks.data",
     "tasks.next_passage", "tasks.answers", "tasks.spans",

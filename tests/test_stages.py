@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
 
 from minilm_exp import stages
 from minilm_exp.errors import ExperimentError
@@ -284,3 +286,45 @@ def test_cache_is_for_one_layer(settings_of):
     third = {"third": {"objective": THREE["third"]["objective"]}}
     with pytest.raises(ExperimentError, match=r"teacher_cache=true.*objective=mine"):
         run_experiment(settings_of(third, "runtime.teacher_cache=true"))
+
+
+# A vocabulary of its own
+
+
+@pytest.fixture
+def pruned(settings_of):
+    """A student of all the teacher's layers that reads only the corpus's tokens, hardly trained."""
+    return run_experiment(
+        settings_of(
+            None, "student.num_layers=4", "student.init=teacher_layers",
+            "student.intermediate_size=48", "student.vocabulary=prune_to_corpus",
+            "training.learning_rate=1e-12", "task=next_passage_smoke",
+            "tasks.next_passage.passage_characters=10",
+        )  # fmt: skip
+    )
+
+
+def test_pruned_student_is_the_teacher_on_its_tokens(pruned, tiny_teacher_folder):
+    """Embeddings in another order than the tokens, or a teacher that reads pruned ids."""
+    assert pruned.validation_loss < 1e-5
+    folder = Path(pruned.folder) / "student"
+    own, whole = (AutoTokenizer.from_pretrained(f) for f in (folder, tiny_teacher_folder))
+    assert len(own) < 0.7 * len(whole)
+    text = "the model number 17 and the teacher"
+    assert own.tokenize(text) == whole.tokenize(text)
+    states = []
+    for path, tokenizer in ((folder, own), (tiny_teacher_folder, whole)):
+        model = AutoModel.from_pretrained(path).eval()
+        with torch.no_grad():
+            states.append(model(**tokenizer(text, return_tensors="pt")).last_hidden_state)
+    torch.testing.assert_close(*states, atol=1e-5, rtol=1e-4)
+    assert AutoModel.from_pretrained(folder).config.vocab_size == len(own)
+    assert set(pruned.scores) == set(pruned.teacher_scores) == {"next_passage"}
+
+
+def test_pruned_student_goes_on(pruned, settings_of):
+    """A checkpoint with fewer tokens than its teacher refused, or read with the teacher's ids."""
+    again = run_experiment(
+        settings_of(None, f"student.path={pruned.folder}/student", "training.learning_rate=1e-12")
+    )
+    assert again.validation_loss < 1e-5

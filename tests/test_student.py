@@ -45,6 +45,8 @@ def make_student(**changes):
         "embedding_size": None,
         "init": "random",
         "init_layers": "evenly",
+        "vocabulary": "full",
+        "min_token_count": 1,
         "path": None,
         "config": None,
     }
