@@ -115,6 +115,11 @@ _CACHE_CHANGES = (
     "experiment",
     "training.precision",
     "outputs_dir",
+    "objective",
+    "recipe",
+    "student.vocabulary",
+    "student.min_token_count",
+    "student.path",
 )
 
 

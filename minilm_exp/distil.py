@@ -32,7 +32,7 @@ from minilm_exp.profiling import FORWARD_AND_BACKWARD, LOSS, STUDENT, TEACHER, S
 from minilm_exp.progress import TokenProgress
 from minilm_exp.settings import Settings
 from minilm_exp.shuffle import ShuffleSampler
-from minilm_exp.states import State, StateTap, layers_of, qkv_states
+from minilm_exp.states import OUTPUT, QKV, State, StateTap, layers_of, qkv_states
 from minilm_exp.student import untrained_parameters
 from minilm_exp.teacher_cache import TeacherCaches
 
@@ -122,13 +122,18 @@ class Distiller(nn.Module):
         return {wanted[name]: tensor for name, tensor in cached.items()}
 
     def compile_layers(self) -> None:
-        """Has torch.compile translate the layers below the first tapped ones, not their attention.
+        """Has torch.compile translate the layers, but not their attention, nor those with a tap.
 
-        A tapped layer may be left before its end.
+        A tapped layer may be left before its end. Nothing is compiled where modules are tapped by
+        their path.
         """
         for tap in (*self._teacher, self.student):
-            lowest = min(state.layer for state in tap.wanted)
-            self._compiled += layers_of(tap.encoder)[: max(lowest - 1, 0)]
+            layers = layers_of(tap.encoder)
+            tapped = {max(state.layer - 1, 0) for state in tap.wanted if state.name != OUTPUT}
+            if any(state.name not in (*QKV, "hidden", OUTPUT) for state in tap.wanted):
+                continue
+            end = len(layers) if State(OUTPUT) in tap.wanted else max(tapped)
+            self._compiled += [layers[i] for i in range(end) if i not in tapped]
         # Else dropout would draw other units than without compiling.
         torch._inductor.config.fallback_random = True
         for layer in self._compiled:

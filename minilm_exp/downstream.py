@@ -408,14 +408,20 @@ def _key(job: Finetuning, weights: str) -> str:
     definition = asdict(job.task)
     for name in ("data", "train_data", "files"):
         definition.pop(name, None)
+    settings = {n: v for n, v in asdict(job.settings).items() if n not in _LIMITS}
+    seed: int | None = job.seed
+    if job.task.kind == "similarity":
+        settings, seed = {"max_length": job.settings.max_length}, None  # nothing is trained
+    else:
+        definition.pop("pooling", None)
     parts = [
         RESULTS_VERSION,
         weights,
         job.name,
         definition,
         {part: examples.fingerprint for part, examples in _read_parts(job)},
-        {name: value for name, value in asdict(job.settings).items() if name not in _LIMITS},
-        job.seed,
+        settings,
+        seed,
         job.precision,
     ]
     return fingerprint_text(json.dumps(parts, sort_keys=True))

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from minilm_exp.objective_settings import AnyTerm, RelationTerm, StateTerm
 from minilm_exp.redaction import redact
 from minilm_exp.result import Result
 from minilm_exp.settings import Settings, as_dict
@@ -51,7 +52,7 @@ def write_model_card(
     folder: Path, settings: Settings, result: Result, untrained: list[str]
 ) -> None:
     """README.md of the checkpoint: what it is, the measured numbers, what to know, the config."""
-    teacher, student = settings.teacher, settings.student
+    teacher, student = settings.teacher, settings.chain[-1].settings.student
     rows = [
         (f"speedup over {result.baseline}", f"x{result.speedup:.2f}"),
         ("parameters without pooler", f"{result.parameters['student']['total']:,}"),
@@ -84,13 +85,12 @@ tags: [minilm, distillation, feature-extraction]
 # {settings.student_name} distilled from {teacher.name}
 {warning}
 A {student.num_layers} x {student.hidden_size} {teacher.model_type} encoder, distilled from
-{teacher.name} ({teacher.hub_id or teacher.package or teacher.path or "random weights"}) by
-{_method(settings)}.
+{teacher.name} ({teacher.hub_id or teacher.package or teacher.path or "random weights"}),
+teacher layer {settings.layer_selection.teacher_layer} of {teacher.num_layers} where layers are
+"selected".
 
-- Data: {data}
-- Steps: {settings.training.max_steps} of {settings.training.batch_size} sequences of
-  {settings.corpus.block_length} tokens; seed {settings.seed}
-- MLflow run: {result.run_id}; run key: {result.run_key}
+- Data: {data}; seed {settings.seed}
+{_method(settings)}- MLflow run: {result.run_id}; run key: {result.run_key}
 
 | measured | value |
 | --- | --- |
@@ -117,14 +117,35 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 
 def _method(settings: Settings) -> str:
-    objective = settings.objective
-    if objective.name != "minilmv2":
-        return f"the objective {objective.name} ({', '.join(objective.terms)})"
-    relations, layer = settings.relation_set, settings.layer_selection.teacher_layer
-    return (
-        f"self-attention relations ({relations.name}, {relations.num_relation_heads} relation"
-        f" heads) of its layer {layer} of {settings.teacher.num_layers}"
-    )
+    """What was distilled, in every stage."""
+    described = []
+    for stage in settings.chain:
+        own = stage.settings
+        text = f"{', '.join(map(_term, own.objective.terms.values()))} ({own.objective.name})"
+        training = own.training
+        text += (
+            f", {training.max_steps} steps of {training.batch_size} sequences of"
+            f" {own.corpus.block_length} tokens"
+        )
+        if settings.stages:
+            start = f", which goes on from {stage.start}" if stage.start else ""
+            student = own.student
+            text = (
+                f"stage {stage.name} ({student.num_layers} x {student.hidden_size} from"
+                f" {own.teacher.name}{start}): {text}"
+            )
+        described.append(f"- Distilled: {text}\n")
+    return "".join(described)
+
+
+def _term(term: AnyTerm) -> str:
+    if isinstance(term, RelationTerm):
+        pairs = "_".join(term.pairs)
+        return f"{pairs} relations, {term.num_relation_heads} heads, layers {term.layers}"
+    if isinstance(term, StateTerm):
+        compared = "modules" if term.modules else f"{term.state} states, layers {term.layers}"
+        return f"{term.distance} of {compared}"
+    return f"attention scores, layers {term.layers}"
 
 
 def _warning(untrained: list[str]) -> str:

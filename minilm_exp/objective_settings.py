@@ -26,11 +26,14 @@ class RelationTerm:
         pairs: Relations as two letters of q, k and v.
         num_relation_heads: Parts of each state; the teacher's attention heads in MiniLM v1.
         layers: A name of `LAYERS`, or pairs [teacher layer, student layer]; losses are summed.
+        is_attention: Whether qk must be the attention distribution itself, for which all three
+            numbers of heads must be the same.
     """
 
     pairs: list[str]
     num_relation_heads: int
     layers: Any = "selected"
+    is_attention: bool = False
     weight: float = 1.0
     kind: str = "relations"
 
@@ -112,7 +115,9 @@ def parse_terms(terms: dict[str, Any]) -> dict[str, AnyTerm]:
     parsed: dict[str, AnyTerm] = {}
     for name, node in terms.items():
         where = f"objective.terms.{name}"
-        kind = (node or {}).get("kind")
+        kind = node.get("kind") if isinstance(node, dict) else None
+        if name in ("total", "") or "/" in name:
+            raise ExperimentError(f"{where}: a term cannot have the name {name!r}; choose another")
         if kind not in _KINDS:
             raise ExperimentError(f"{where}.kind={kind} is not one of {', '.join(_KINDS)}")
         try:
@@ -243,4 +248,10 @@ def _check_state_term(where: str, term: StateTerm) -> None:
     ):
         raise ExperimentError(
             f"{where}.modules={term.modules} must be pairs [[teacher module, student module], ...]"
+        )
+    named = {path for pair in term.modules or [] for path in pair}
+    if named & {*states}:
+        raise ExperimentError(
+            f"{where}.modules={term.modules}: {', '.join(sorted(named & {*states}))} is no module;"
+            f" set {where}.state"
         )

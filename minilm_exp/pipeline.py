@@ -128,6 +128,9 @@ def _identify(settings: Settings) -> tuple[str, dict[str, str], dict[str, Splits
     if "corpus" not in unread:
         inputs["corpus"] = fingerprint_corpus(settings.corpus)
     for stage in settings.stages:
+        student = stage.settings.student
+        if (student.path, student.config) != (settings.student.path, settings.student.config):
+            inputs[f"student.{stage.name}"] = _fingerprint_student(stage.settings)
         if stage.settings.corpus != settings.corpus:
             inputs[f"corpus.{stage.name}"] = fingerprint_corpus(stage.settings.corpus)
     splits = find_tasks(settings)
@@ -146,10 +149,10 @@ def _distil_and_score(
     folder, tracker = scoring.folder, scoring.tracker
     tokenizer = load_tokenizer(settings.teacher)
     teacher = load_encoder(settings.teacher)
-    corpus = open_corpus(settings, tokenizer, inputs["corpus"])
+    chain = Chain(settings, teacher, inputs, tokenizer, folder, tracker, grid)
+    corpus = chain.open_corpus(settings, tokenizer, inputs["corpus"])
     tracker.log_dataset("corpus", corpus.fingerprint, str(corpus.folder), "training")
     tasks = _load_tasks(settings, splits, corpus, tracker)
-    chain = Chain(settings, teacher, inputs, tokenizer, folder, tracker, grid)
     distilled = chain.run()
     stages = [*distilled.losses]
     result.validation_losses = distilled.losses[stages[-1]]
@@ -291,7 +294,10 @@ def _distillation_run(settings: Settings) -> Result | None:
     """Of the run that made the checkpoint which is only fine-tuned here."""
     if settings.recipe.name != "finetune" or settings.student.path is None:
         return None
-    return read_result(Path(settings.student.path).expanduser().parent)
+    folder = Path(settings.student.path).expanduser().absolute().parent
+    if folder.parent.name == "stages":
+        folder = folder.parents[1]
+    return read_result(folder)
 
 
 def _record_unstarted(settings: Settings, error: ExperimentError) -> None:
@@ -312,10 +318,10 @@ def _params(settings: Settings) -> dict[str, Any]:
         short |= {
             "teacher": settings.teacher.name,
             "student": settings.student_name,
-            "teacher_layer": settings.layer_selection.teacher_layer,
         }
         if settings.objective.reads_relation_set:
             short |= {
+                "teacher_layer": settings.layer_selection.teacher_layer,
                 "relations": settings.relation_set.name,
                 "num_relation_heads": settings.relation_set.num_relation_heads,
             }

@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 _LINES = ("-", "--", "-.", ":")
 
 
-def loss_curves(history: Callable[[str], list[tuple[int, float]]], relations: list[str]) -> Figure:
-    """Relation loss against step, in training and on held-out text; readable in grey.
+def loss_curves(history: Callable[[str], list[tuple[int, float]]], terms: list[str]) -> Figure:
+    """Loss against step, in training and on held-out text; readable in grey.
 
     Args:
         history: Steps and values of a metric by its name.
-        relations: Names of the relations, and "total".
+        terms: Names of the terms, and "total".
     """
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, group, title in zip(
@@ -22,16 +22,16 @@ def loss_curves(history: Callable[[str], list[tuple[int, float]]], relations: li
         ("distill/loss", "distill/validation"),
         ("training", "held-out text"),
     ):
-        for number, relation in enumerate(relations):
-            points = history(f"{group}/{relation}")
+        for number, term in enumerate(terms):
+            points = history(f"{group}/{term}")
             axes.plot(
                 [step for step, _ in points],
                 [value for _, value in points],
                 linestyle=_LINES[number % len(_LINES)],
-                linewidth=2.5 if relation == "total" else 1.2,
-                color="black" if relation == "total" else None,
+                linewidth=2.5 if term == "total" else 1.2,
+                color="black" if term == "total" else None,
                 marker="." if len(points) < 20 else None,
-                label=relation,
+                label=term,
             )
         axes.set_title(title)
         axes.set_xlabel("step")

@@ -11,10 +11,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 _WAIT, _WARMUP, _ACTIVE = 2, 1, 3
 
-# Ranges that `RelationDistiller` and the training loop mark, and torch itself.
+# Ranges that `Distiller` and the training loop mark, and torch itself.
 TEACHER = "minilm_exp: teacher forward"
 STUDENT = "minilm_exp: student forward"
-LOSS = "minilm_exp: relation loss"
+LOSS = "minilm_exp: loss"
 FORWARD_AND_BACKWARD = "minilm_exp: forward and backward"
 _DATA = "enumerate(DataLoader)"
 _OPTIMISER = "Optimizer.step"
@@ -93,7 +93,7 @@ def _parts(averages: Any) -> str:
         "next batch": milliseconds[_DATA],
         "teacher, forward or cache": milliseconds[TEACHER],
         "student, forward": milliseconds[STUDENT],
-        "relation loss, value and gradient": milliseconds[LOSS],
+        "loss, value and gradient of relations": milliseconds[LOSS],
         "student, backward": milliseconds[FORWARD_AND_BACKWARD] - forward,
         "optimiser": milliseconds[_OPTIMISER],
     }

@@ -39,12 +39,25 @@ def run_key(settings: Settings, precision: str, fingerprints: dict[str, str]) ->
         precision: The resolved precision.
         fingerprints: Of the content behind every input path.
     """
+    plain = _plain(settings, precision)
+    plain["recipe"]["stages"] = [
+        [stage.name, stage.teacher, stage.start, _plain(stage.settings, precision)]
+        for stage in settings.stages
+    ]
+    plain["inputs"] = fingerprints
+    plain["results_version"] = RESULTS_VERSION
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(settings: Settings, precision: str) -> dict[str, Any]:
     plain = as_dict(settings)
     for name in ("runtime", "tracking", "outputs_dir", "data_root", "resume", "rerun", "profile"):
         del plain[name]
     for task in plain["tasks"].values():
         for name in ("data", "train_data", "files"):
             task.pop(name, None)
+        if task.get("kind") != "similarity":
+            task.pop("pooling", None)
     for group, names in {
         "teacher": ("name", "path", "hub_id", "revision", "package"),
         "student": ("path", "config"),
@@ -54,6 +67,8 @@ def run_key(settings: Settings, precision: str, fingerprints: dict[str, str]) ->
             del plain[group][name]
     for name in ("logging_steps", "evaluation_steps", "checkpoint_steps", "keep_checkpoints"):
         del plain["training"][name]
+    # In their order, in which linear maps are drawn.
+    plain["objective"]["terms"] = list(plain["objective"]["terms"].items())
     plain["training"]["precision"] = precision
     if settings.recipe.name == "finetune":
         plain["precision"] = precision
@@ -61,9 +76,7 @@ def run_key(settings: Settings, precision: str, fingerprints: dict[str, str]) ->
         plain["teacher_dtype"] = str(teacher_dtype(precision, settings.runtime.teacher_cache))
     for group in settings.unread_groups:
         del plain[group]
-    plain["inputs"] = fingerprints
-    plain["results_version"] = RESULTS_VERSION
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return plain
 
 
 def fingerprint_model(path: Path) -> str:

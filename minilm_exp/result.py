@@ -71,6 +71,13 @@ class Result:
         write_json(Path(self.folder) / "result.json", asdict(self), indent=1)
 
 
+# Of fields in results that earlier versions wrote.
+_OLD_NAMES = {
+    "validation_relation_loss": "validation_loss",
+    "validation_relation_losses": "validation_losses",
+}
+
+
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
     """Writes a file, whole or not at all."""
     partial = path.with_suffix(f".{os.getpid()}.partial")
@@ -82,6 +89,10 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
 def read_result(folder: Path) -> Result | None:
     """The result in a run folder, or None where there is no readable one."""
     try:
-        return Result(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        stored = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        for old, new in _OLD_NAMES.items():
+            if old in stored:
+                stored[new] = stored.pop(old)
+        return Result(**stored)
+    except (OSError, ValueError, TypeError, AttributeError):
         return None

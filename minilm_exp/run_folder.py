@@ -39,7 +39,8 @@ def finished_run(settings: Settings, key: str) -> Result | None:
     if settings.recipe.name != "finetune":
         needed = "student/config.json"
     else:
-        needed = "models" if settings.recipe.keep_models else "predictions"
+        is_trained = any(task.kind != "similarity" for task in settings.tasks.values())
+        needed = "models" if settings.recipe.keep_models and is_trained else "predictions"
     for folder in _folders(settings, key):
         result = read_result(folder)
         if result is not None and result.status == "FINISHED" and result.run_key == key:

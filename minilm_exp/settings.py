@@ -299,18 +299,26 @@ class Settings:
 
     @property
     def student_name(self) -> str:
-        """The shape, as in the papers."""
-        return f"l{self.student.num_layers}h{self.student.hidden_size}"
+        """The shape of the run's student, the last stage's, as in the papers."""
+        student = self.chain[-1].settings.student
+        return f"l{student.num_layers}h{student.hidden_size}"
 
 
 @dataclass
 class Stage:
-    """A stage of a recipe: `StageGiven` with the settings that it runs with."""
+    """A stage of a recipe: `StageGiven` with the settings that it runs with.
+
+    Attributes:
+        num_positions: Of its student.
+        is_pruned: Whether its student reads fewer tokens than the teacher of the run.
+    """
 
     name: str
     teacher: str
     start: str | None
     settings: Settings
+    num_positions: int = 0
+    is_pruned: bool = False
 
 
 def parse(
@@ -350,10 +358,17 @@ def parse(
     settings.objective.terms = parse_terms(settings.objective.terms)
     if settings.data_root is not None:
         settings.data_root = os.path.abspath(os.path.expanduser(settings.data_root))
+    for name in ("relations", "relation_set", *(f"relation_set.{n}" for n in _RELATION_SETTINGS)):
+        if name in typed and not settings.objective.reads_relation_set:
+            raise ExperimentError(
+                f"{name} makes no difference with objective={settings.objective.name}, which names"
+                " its own relations: leave it out, or set those of the objective"
+            )
     _check_values(settings)
     _check_baseline(settings.baseline)
-    _resolve_init(settings)
     settings.stages = _parse_stages(config)
+    if not settings.stages:
+        _resolve_init(settings)
     if settings.recipe.name == "teacher_assistant":
         settings.notes.append(_assistant_note(settings))
     if settings.recipe.name == "finetune":
@@ -373,6 +388,8 @@ def _parse_stages(config: DictConfig) -> list[Stage]:
     stages: dict[str, Stage] = {}
     for name in config.recipe.get("stages") or {}:
         where = f"recipe.stages.{name}"
+        if name == "teacher":
+            raise ExperimentError(f"{where}: teacher is the name of the run's own; choose another")
         try:
             node = OmegaConf.merge(OmegaConf.structured(StageGiven), config.recipe.stages[name])
             assert isinstance(node, DictConfig)
@@ -391,6 +408,11 @@ def _parse_stages(config: DictConfig) -> list[Stage]:
                     f"{where}.{key}={node[key]} is not one of the stages before it"
                     f" ({', '.join(stages) or 'there is none'})"
                 )
+        if node.start is not None and given["student"]:
+            raise ExperimentError(
+                f"{where}.student={given['student']}: the stage goes on with the student of"
+                f" {node.start}, which has its shape; leave out student or start"
+            )
         own = config.copy()
         own.recipe.stages = {}
         for group, changes in given.items():
@@ -403,10 +425,44 @@ def _parse_stages(config: DictConfig) -> list[Stage]:
             _continue(own, stages[node.start].settings.student)
         try:
             settings = parse(own)
+            stage = Stage(name, node.teacher, node.start, settings)
+            _carry_facts(stage, stages)
         except ExperimentError as error:
             raise ExperimentError(f"{where}: {error}") from error
-        stages[name] = Stage(name, node.teacher, node.start, settings)
+        stages[name] = stage
     return list(stages.values())
+
+
+def _carry_facts(stage: Stage, earlier: dict[str, Stage]) -> None:
+    """What a stage's student has from its checkpoint, teacher or start."""
+    settings = stage.settings
+    source = settings.student.config or settings.student.path
+    if stage.start is not None:
+        before = earlier[stage.start]
+        stage.num_positions, stage.is_pruned = before.num_positions, before.is_pruned
+    elif source is not None:
+        facts = read_facts(str(source), None)
+        stage.num_positions = facts["max_position_embeddings"]
+        stage.is_pruned = facts["vocab_size"] < settings.teacher.vocab_size
+    else:
+        stage.num_positions = settings.teacher.max_position_embeddings
+        stage.is_pruned = settings.student.vocabulary == "prune_to_corpus"
+    if stage.teacher != "teacher":
+        stage.is_pruned = stage.is_pruned or earlier[stage.teacher].is_pruned
+    longest = max_tokens(settings.teacher.model_type, stage.num_positions)
+    if settings.corpus.block_length > longest:
+        raise ExperimentError(
+            f"corpus.block_length={settings.corpus.block_length} is above the {longest} positions"
+            " of the student"
+        )
+    if stage.is_pruned and settings.corpus.pretokenized:
+        raise ExperimentError(_NO_TOKEN_IDS)
+
+
+_NO_TOKEN_IDS = (
+    "corpus.pretokenized=true has the teacher's token ids, which a student with fewer tokens cannot"
+    " read: give text"
+)
 
 
 def _assistant_note(settings: Settings) -> str:
@@ -438,6 +494,7 @@ def _become_teacher(config: DictConfig, stage: Stage) -> None:
         "hidden_size": student.hidden_size,
         "num_attention_heads": student.num_attention_heads,
         "intermediate_size": student.intermediate_size or 4 * student.hidden_size,
+        "max_position_embeddings": stage.num_positions,
         "paper_layer": student.num_layers,
         "upper_middle_layer": round(5 * student.num_layers / 6),
         "num_relation_heads": _fitting_heads(
@@ -586,6 +643,8 @@ def _check_student(settings: Settings, facts: dict[str, Any] | None) -> None:
             f" {teacher.vocab_size}: relations need the same tokens on both sides; choose a student"
             " or teacher with the same tokenizer"
         )
+    if is_pruned and settings.corpus.pretokenized:
+        raise ExperimentError(_NO_TOKEN_IDS)
     if facts["model_type"] != teacher.model_type:
         raise ExperimentError(
             f"the student of {source} is a {facts['model_type']}, the teacher a"
@@ -678,6 +737,11 @@ def _check_values(settings: Settings) -> None:
             "runtime.compile=true needs layers with weights of their own, an albert's share theirs:"
             " set runtime.compile=false"
         )
+    if student.path is not None and student.vocabulary != "full":
+        raise ExperimentError(
+            f"student.vocabulary={student.vocabulary}: the checkpoint of student.path has its"
+            " vocabulary; set student.vocabulary=full"
+        )
     if student.hidden_size % student.num_attention_heads:
         raise ExperimentError(
             f"student.num_attention_heads={student.num_attention_heads} does not divide"
@@ -712,6 +776,8 @@ def _check_baseline(baseline: Baseline) -> None:
             f" baseline.hidden_size={shape['hidden_size']}"
         )
 
+
+_RELATION_SETTINGS = ("pairs", "num_relation_heads")
 
 _POSITIVE = {
     "training": [
@@ -761,6 +827,14 @@ def _check_relations(settings: Settings, where: str, term: RelationTerm) -> None
     heads = term.num_relation_heads
     if heads < 1:
         raise ExperimentError(f"{where}.num_relation_heads={heads} must be above 0")
+    own = settings.student.num_attention_heads
+    if term.is_attention and not heads == own == settings.teacher.num_attention_heads:
+        raise ExperimentError(
+            f"objective={settings.objective.name} compares attention distributions head by head:"
+            f" set student.num_attention_heads={settings.teacher.num_attention_heads} (it is {own})"
+            f" and {where}.num_relation_heads={settings.teacher.num_attention_heads} (it is"
+            f" {heads}), or use objective=minilmv2 relations=qk_vv, whose relation heads are free"
+        )
     teacher_size, student_size = settings.teacher.hidden_size, settings.student.hidden_size
     for owner, size in (("teacher", teacher_size), ("student", student_size)):
         if size % heads:
@@ -817,6 +891,11 @@ def _check_init_layers(settings: Settings) -> None:
 
 def _check_init(settings: Settings) -> None:
     if settings.student.init != "teacher_layers" or settings.student.path is not None:
+        if settings.student.init_layers != "evenly":
+            raise ExperimentError(
+                f"student.init_layers={settings.student.init_layers} makes no difference: set"
+                " student.init=teacher_layers, without student.path"
+            )
         return
     layer = settings.layer_selection.teacher_layer
     if settings.teacher.hidden_size != settings.student.hidden_size:

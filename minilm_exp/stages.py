@@ -21,7 +21,12 @@ from minilm_exp.export import save_student
 from minilm_exp.objectives import Objective, build_objective
 from minilm_exp.plots import loss_curves
 from minilm_exp.precision import resolve_precision
-from minilm_exp.provenance import RESULTS_VERSION, fingerprint_model, fingerprint_text
+from minilm_exp.provenance import (
+    RESULTS_VERSION,
+    fingerprint_model,
+    fingerprint_text,
+    fingerprint_tokenizer,
+)
 from minilm_exp.result import write_json
 from minilm_exp.settings import Settings, Stage
 from minilm_exp.states import QKV, State, StateTap, state_size
@@ -89,6 +94,7 @@ class Chain:
         # Of the teacher and of each stage's student.
         self._tokenizers = {"teacher": tokenizer}
         self.tracker, self.grid = tracker, grid
+        self._corpora: dict[str, PreparedCorpus] = {}
         self._first: dict[str, PreTrainedModel] = {}
         self._untrained: dict[str, set[str]] = {}
         self._is_single = len(settings.chain) == 1
@@ -99,6 +105,8 @@ class Chain:
         Raises:
             ExperimentError: A stage cannot be run, or its loss is not finite.
         """
+        if not self._is_single:
+            self._rehearse()
         losses = {}
         for stage in self.settings.chain:
             student, losses[stage.name] = self._run_stage(stage)
@@ -107,6 +115,30 @@ class Chain:
         save_student(student, self.teacher, tokenizer, self.folder / "student")
         untrained = sorted(self._untrained[last])
         return Distilled(student, self._first[last], tokenizer, untrained, losses)
+
+    def _rehearse(self) -> None:
+        """Makes the objective of every stage, for untrained models, before hours go into the first.
+
+        Raises:
+            ExperimentError: One of them cannot be made.
+        """
+        models: dict[str, PreTrainedModel] = {"teacher": self.teacher}
+        tokenizer = self._tokenizers["teacher"]
+        for stage in self.settings.stages:
+            for note in stage.settings.notes:
+                _log.info("stage %s: %s", stage.name, note)
+            teacher = models[stage.teacher]
+            try:
+                if stage.start is not None:
+                    models[stage.name] = models[stage.start]
+                elif stage.settings.student.path is not None:
+                    models[stage.name] = load_checkpoint(stage.settings.student.path)[0]
+                else:
+                    models[stage.name] = self._build(stage, teacher, tokenizer, None)
+                objective = build_objective(stage.settings, teacher, models[stage.name])
+                _check_cache(stage.settings, objective)
+            except ExperimentError as error:
+                raise ExperimentError(f"recipe.stages.{stage.name}: {error}") from error
 
     def _run_stage(self, stage: Stage) -> tuple[PreTrainedModel, dict[str, float]]:
         settings = stage.settings
@@ -118,7 +150,9 @@ class Chain:
         self._note_untrained(stage, student, objective)
         place = self._place(stage.name)
         finished = None if self._is_single else _read(place / "losses.json")
-        if finished is None:
+        if finished is not None:
+            self._start(stage, place).finish("FINISHED")  # it may have been killed right after
+        else:
             corpus = self._corpus_of(stage, tokenizer)
             tracker = self._start(stage, place)
             try:
@@ -152,7 +186,6 @@ class Chain:
                     write_json(place / "losses.json", finished)
                     if settings.profile:
                         tracker.log_artifact(place / "profile")
-                    shutil.rmtree(place / "checkpoints", ignore_errors=True)
             except BaseException as error:
                 if not self._is_single:
                     tracker.fail(error)
@@ -160,6 +193,7 @@ class Chain:
             if not self._is_single:
                 tracker.finish("FINISHED")
         if not self._is_single:
+            shutil.rmtree(place / "checkpoints", ignore_errors=True)
             self.tracker.log_metrics(
                 {f"stage/{stage.name}/{name}": value for name, value in finished.items()}
             )
@@ -183,6 +217,9 @@ class Chain:
             return self._tokenizers[stage.start]
         if settings.student.path is not None:
             return load_checkpoint_tokenizer(settings.student.path)
+        place = self._place(stage.name)
+        if not self._is_single and _read(place / "losses.json") is not None:
+            return load_checkpoint_tokenizer(str(place / "student"))
         whole = self._tokenizers[stage.teacher]
         if settings.student.vocabulary == "full":
             return whole
@@ -197,7 +234,16 @@ class Chain:
 
     def _corpus_of(self, stage: Stage, tokenizer: PreTrainedTokenizerFast) -> PreparedCorpus:
         fingerprint = self.inputs.get(f"corpus.{stage.name}", self.inputs["corpus"])
-        return open_corpus(stage.settings, tokenizer, fingerprint)
+        return self.open_corpus(stage.settings, tokenizer, fingerprint)
+
+    def open_corpus(
+        self, settings: Settings, tokenizer: PreTrainedTokenizerFast, fingerprint: str
+    ) -> PreparedCorpus:
+        """As the function; the same corpus, which is checked as a whole, is opened once."""
+        named = f"{fingerprint} {settings.corpus} {fingerprint_tokenizer(tokenizer)}"
+        if named not in self._corpora:
+            self._corpora[named] = open_corpus(settings, tokenizer, fingerprint)
+        return self._corpora[named]
 
     def _student_of(
         self,
@@ -206,23 +252,33 @@ class Chain:
         tokenizer: PreTrainedTokenizerFast,
         teacher_ids: Tensor | None,
     ) -> PreTrainedModel:
-        settings = stage.settings
-        dropout = (settings.training.hidden_dropout, settings.training.attention_dropout)
         if stage.start is not None:
+            training = stage.settings.training
+            dropout = (training.hidden_dropout, training.attention_dropout)
             self._first[stage.name] = self._first[stage.start]
             student, _ = load_checkpoint(str(self._place(stage.start) / "student"), dropout)
             return student.train()
-        student = build_student(
+        student = self._build(stage, teacher, tokenizer, teacher_ids)
+        self._first[stage.name] = copy.deepcopy(student)
+        return student
+
+    def _build(
+        self,
+        stage: Stage,
+        teacher: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        teacher_ids: Tensor | None,
+    ) -> PreTrainedModel:
+        settings = stage.settings
+        return build_student(
             settings.student,
             teacher,
             tokenizer,
             settings.layer_selection.teacher_layer,
-            dropout,
+            (settings.training.hidden_dropout, settings.training.attention_dropout),
             settings.seed,
             teacher_ids,
         )
-        self._first[stage.name] = copy.deepcopy(student)
-        return student
 
     def _note_untrained(self, stage: Stage, student: PreTrainedModel, objective: Objective) -> None:
         tap = StateTap(student, objective.student_states)
@@ -251,7 +307,6 @@ class Chain:
                 "start": stage.start or settings.student.init,
                 "student": settings.student_name,
                 "objective": settings.objective_name,
-                "teacher_layer": settings.layer_selection.teacher_layer,
             }
             | {f"training.{name}": value for name, value in asdict(settings.training).items()}
         )
@@ -284,14 +339,9 @@ def open_caches(
 ) -> TeacherCaches | None:
     """The caches of the teacher's states, or None where they are not wanted or cannot be."""
     training, runtime = settings.training, settings.runtime
+    _check_cache(settings, objective)
     layer = _cached_layer(objective)
     if layer is None:
-        if runtime.teacher_cache == "true":
-            raise ExperimentError(
-                "runtime.teacher_cache=true: what can be cached is query, key and value of one"
-                f" teacher layer, and objective={settings.objective.name} needs more; set"
-                " runtime.teacher_cache=auto"
-            )
         tracker.set_tags({"teacher_cache": "off: the objective needs more than one layer's states"})
         return None
     validation = corpus.validation.spread(training.evaluation_sequences)
@@ -331,6 +381,15 @@ def open_caches(
     _log.info("teacher cache %s: %s", state, reason)
     tracker.set_tags({"teacher_cache": f"{state}: {reason}"})
     return caches
+
+
+def _check_cache(settings: Settings, objective: Objective) -> None:
+    if settings.runtime.teacher_cache == "true" and _cached_layer(objective) is None:
+        raise ExperimentError(
+            "runtime.teacher_cache=true: what can be cached is query, key and value of one teacher"
+            f" layer, and objective={settings.objective.name} needs more; set"
+            " runtime.teacher_cache=auto"
+        )
 
 
 def _cached_layer(objective: Objective) -> int | None:

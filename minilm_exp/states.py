@@ -26,8 +26,8 @@ from minilm_exp.errors import ExperimentError
 
 ATTENTION_NAME = "minilm_exp_tap"
 QKV = ("query", "key", "value")
-# What a whole model returns: its hidden states, or the logits of its head.
-OUTPUTS = ("last_hidden_state", "logits", "start_logits", "end_logits")
+# What a whole encoder returns, after a last norm where it has one.
+OUTPUT = "last_hidden_state"
 
 
 class State(NamedTuple):
@@ -35,7 +35,7 @@ class State(NamedTuple):
 
     Attributes:
         name: `query`, `key` or `value` of a layer; `hidden`, the output of a layer, of layer 0 the
-            embeddings; one of `OUTPUTS`; or the dotted path of a module, whose output it is.
+            embeddings; `OUTPUT`; or the dotted path of a module, whose output it is.
         layer: Counted from 1 as in the papers; 0 where the name says it all.
     """
 
@@ -49,8 +49,8 @@ class StateTap(nn.Module):
     What lies above the last of them is not computed, so its weights get no gradient.
 
     Args:
-        model: A transformers encoder, with or without a task head. Its attention implementation is
-            changed; `close` changes it back.
+        model: A transformers encoder. Its attention implementation is changed; `close` changes it
+            back.
         wanted: The states.
 
     Raises:
@@ -62,7 +62,7 @@ class StateTap(nn.Module):
         self.encoder = model
         self.wanted = frozenset(wanted)
         self._qkv_layers = {layer for name, layer in self.wanted if name in QKV}
-        self._reads_output = any(name in OUTPUTS for name, _ in self.wanted)
+        self._reads_output = State(OUTPUT) in self.wanted
         self._states: dict[State, Tensor] = {}
         self._calls = 0
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -80,9 +80,8 @@ class StateTap(nn.Module):
         _active_taps.append(self)
         try:
             output = self.encoder(**inputs)
-            for state in self.wanted:
-                if state.name in OUTPUTS:
-                    self._states[state] = getattr(output, state.name)
+            if self._reads_output:
+                self._states[State(OUTPUT)] = output.last_hidden_state
         except _AllReached:
             pass
         finally:
@@ -135,7 +134,7 @@ class StateTap(nn.Module):
         for state in self.wanted:
             if state.name == "hidden":
                 self._hook_layer(state)
-            elif state.name not in (*QKV, *OUTPUTS):
+            elif state.name not in (*QKV, OUTPUT):
                 self._hook(_module(self.encoder, state.name), state)
 
     def _hook_projections(self, layer: int, read_states: Callable) -> None:
@@ -235,6 +234,11 @@ def state_size(encoder: PreTrainedModel, state: State) -> int:
         device = next(encoder.parameters()).device
         states = tap(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
         return states[state].shape[-1]
+    except RuntimeError as error:
+        raise ExperimentError(
+            f"{state.name} of {type(encoder).__name__} is never computed: name a module that is"
+            " called, not a list of modules"
+        ) from error
     finally:
         encoder.train(was_training)
         tap.close()

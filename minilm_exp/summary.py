@@ -73,7 +73,7 @@ def _label(settings: Settings, role: str, distilled: bool) -> str:
 
 
 def _shape(settings: Settings, role: str) -> str:
-    model = settings.teacher if role == "teacher" else settings.student
+    model = settings.teacher if role == "teacher" else settings.chain[-1].settings.student
     return f"{model.num_layers} x {model.hidden_size}"
 
 

@@ -45,7 +45,7 @@ def prune_tokenizer(
         min_count: At least 1.
 
     Raises:
-        ExperimentError: The tokenizer has another model.
+        ExperimentError: The tokenizer has another model, or BPE with marks on the parts of words.
     """
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     model = described["model"]
@@ -54,6 +54,13 @@ def prune_tokenizer(
         raise ExperimentError(
             f"student.vocabulary=prune_to_corpus: a tokenizer of kind {kind} cannot be cut down;"
             " set student.vocabulary=full"
+        )
+    if kind == "BPE" and (
+        model.get("end_of_word_suffix") or model.get("continuing_subword_prefix")
+    ):
+        raise ExperimentError(
+            "student.vocabulary=prune_to_corpus: a BPE tokenizer that marks the parts of words"
+            " cannot be cut down; set student.vocabulary=full"
         )
     names = _names(model)
     frequent = [int(index) for index in numpy.flatnonzero(counts >= min_count)]

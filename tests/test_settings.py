@@ -536,6 +536,27 @@ WRONG_VALUES = {
     "no such start": (["student.init_layers=middle"], "student.init_layers=middle"),
     "start of other length": (["student.init_layers=[1,2]"], "names 2 layers"),
     "start above the teacher": (["student.init_layers=[1,2,9]"], "teacher has 1..6"),
+    "layers of a random start": (
+        ["student=l3h384", "student.init_layers=first"],
+        "student.init_layers=first",
+    ),
+    "attention of other heads": (
+        ["objective=minilmv1", "student.num_attention_heads=6"],
+        "student.num_attention_heads=12",
+    ),
+    "total as a term": (
+        ["+objective.terms.total={kind: attention_scores}"],
+        "cannot have the name",
+    ),
+    "term that is no term": (["+objective.terms.x=foo"], "objective.terms.x.kind=None"),
+    "state as a module": (
+        ["objective=intermediate_layers", "objective.terms.modules.modules=[[value,value]]"],
+        "value is no module",
+    ),
+    "no count": (
+        ["student.vocabulary=prune_to_corpus", "student.min_token_count=0"],
+        "min_token_count=0",
+    ),
     "start of text": (["student.init_layers=[a,b,c]"], "student.init_layers="),
     "every second of too few": (
         ["student.num_layers=4", "student.init_layers=every_second"],

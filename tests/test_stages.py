@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 from minilm_exp import stages
 from minilm_exp.errors import ExperimentError
 from minilm_exp.pipeline import run_experiment
+from minilm_exp.provenance import run_key
 from minilm_exp.settings import parse
 
 pytestmark = pytest.mark.usefixtures("quick_collection")
@@ -106,6 +107,11 @@ WRONG = {
     "start that is not there": ({"a": {"start": "x"}}, "recipe.stages.a.start=x"),
     "start from the teacher": ({"a": {"start": "teacher"}}, "recipe.stages.a.start=teacher"),
     "unknown key": ({"a": {"teachr": "teacher"}}, "recipe.stages.a"),
+    "stage called teacher": ({"teacher": {}}, "recipe.stages.teacher"),
+    "shape of what goes on": (
+        {"a": {}, "b": {"start": "a", "student": {"num_layers": 3}}},
+        "recipe.stages.b.student=",
+    ),
     "unknown setting": ({"a": {"training": {"max_stepz": 3}}}, "max_stepz"),
     "wrong value": ({"a": {"training": {"max_steps": 0}}}, "training.max_steps=0"),
     "wrong layer": (
@@ -125,7 +131,31 @@ def test_wrong_stage_is_named(settings_of, given, named):
     with pytest.raises(ExperimentError) as caught:
         settings_of(given)
     assert named in str(caught.value)
-    assert "recipe.stages.a" in str(caught.value)
+    assert "recipe.stages." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["layer_selection.teacher_layer=3"], ["student.init=teacher_layers"]],
+    ids=str,
+)
+def test_what_stages_take_from_the_run_is_in_the_key(settings_of, overrides):
+    """A finished run given for one whose stages have other layers or another start."""
+    stages = {"a": {}, "b": {"teacher": "a"}}
+    inputs = {"teacher": "t", "student": "", "corpus": "c"}
+    more = ["student.intermediate_size=48"]
+    one = run_key(settings_of(stages, *more), "fp32", inputs)
+    assert run_key(settings_of(stages, *more, *overrides), "fp32", inputs) != one
+    other_order = {"b": {}, "a": {"teacher": "b"}}
+    assert run_key(settings_of(other_order, *more), "fp32", inputs) != one
+
+
+def test_last_stage_that_cannot_be_is_told_before_the_first(settings_of, monkeypatch):
+    """Hours of distilling before a size is compared."""
+    monkeypatch.setattr(stages, "distil", lambda *_: pytest.fail("a stage was begun"))
+    last = {"name": "x", "terms": {"t": {"kind": "states", "state": "hidden", "layers": "last"}}}
+    with pytest.raises(ExperimentError, match=r"recipe\.stages\.b.*terms\.t.*projection"):
+        run_experiment(settings_of({"a": {}, "b": {"objective": last}}, "student.hidden_size=16"))
 
 
 @pytest.mark.parametrize(
@@ -296,11 +326,15 @@ def pruned(settings_of):
     """A student of all the teacher's layers that reads only the corpus's tokens, hardly trained."""
     return run_experiment(
         settings_of(
-            None, "student.num_layers=4", "student.init=teacher_layers",
-            "student.intermediate_size=48", "student.vocabulary=prune_to_corpus",
-            "training.learning_rate=1e-12", "task=next_passage_smoke",
+            None,
+            "student.num_layers=4",
+            "student.init=teacher_layers",
+            "student.intermediate_size=48",
+            "student.vocabulary=prune_to_corpus",
+            "training.learning_rate=1e-12",
+            "task=next_passage_smoke",
             "tasks.next_passage.passage_characters=10",
-        )  # fmt: skip
+        )
     )
 
 

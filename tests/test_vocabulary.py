@@ -200,6 +200,17 @@ def test_other_kinds_are_refused():
         prune_tokenizer(tokenizer, numpy.ones(7, dtype=int), 1)
 
 
+def test_marked_parts_of_words_are_refused():
+    """Words whose last letter is lost with its mark."""
+    backend = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=80, special_tokens=SPECIAL, end_of_word_suffix="</w>")
+    backend.train_from_iterator(make_texts(50, 0), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **NAMES)
+    with pytest.raises(ExperimentError, match=r"student\.vocabulary=full"):
+        prune_tokenizer(tokenizer, numpy.ones(len(tokenizer), dtype=int), 1)
+
+
 def test_vocabularies_that_differ_are_refused(tokenizer):
     """Relations of sequences that are not the same tokens."""
     assert match_vocabularies(tokenizer, tokenizer) is None

@@ -76,7 +76,7 @@ def _embeddings(
     inputs = encoded.select_columns(names)
     collate = DataCollatorWithPadding(tokenizer)
     was_training = encoder.training
-    encoder.eval()
+    nn.Module.to(encoder.eval(), job.runtime.device)
     pooled = torch.empty(len(encoded), encoder.config.hidden_size)
     for indices in batches_of_like_length(encoded["length"][:]):
         fetched = inputs[indices]
