@@ -411,25 +411,34 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
                 num_threads, lambda: finetuning(packaged, 1, 256, 32, 5000, whole=False)
             ),
         ]
-    return [
-        *loss_alone(7),
-        *loss_memory(),
-        *step("SHORT", 7, 0.95, with_memory=True),
-        *step("LONG", 7, 1.05, with_memory=True),
-        *step("BASE", 5, None, with_memory=True),
-        *step_without_dropout("SHORT", 7),
-        *step_without_dropout("LONG", 7),
-        *layers(7),
-        *tokens(texts, 5, 40),
-        *precision(7),
-        *teacher_cache(5, BASE, ""),
-        *_with_threads(num_threads, lambda: together(texts, 5, 50)),
-        *on_gpu(20),
-        *scale((50, 500)),
-        *_with_threads(
-            num_threads,
-            lambda: finetuning(packaged, 3, 512, 128, SST2_EXAMPLES, whole=True),
+    sections: list[tuple[int, Callable[[], list[Row]]]] = [
+        (1, lambda: loss_alone(7)),
+        (1, loss_memory),
+        (1, lambda: step("SHORT", 7, 0.95, with_memory=True)),
+        (1, lambda: step("LONG", 7, 1.05, with_memory=True)),
+        (1, lambda: step("BASE", 5, None, with_memory=True)),
+        (1, lambda: step_without_dropout("SHORT", 7)),
+        (1, lambda: step_without_dropout("LONG", 7)),
+        (2, lambda: layers(7)),
+        (3, lambda: tokens(texts, 5, 40)),
+        (4, lambda: precision(7)),
+        (5, lambda: teacher_cache(5, BASE, "")),
+        (6, lambda: _with_threads(num_threads, lambda: together(texts, 5, 50))),
+        (7, lambda: on_gpu(20)),
+        (8, lambda: scale((50, 500))),
+        (
+            9,
+            lambda: _with_threads(
+                num_threads,
+                lambda: finetuning(packaged, 3, 512, 128, SST2_EXAMPLES, whole=True),
+            ),
         ),
+    ]
+    return [
+        row
+        for number, run in sections
+        if arguments.section is None or number == arguments.section
+        for row in run()
     ]
 
 
@@ -446,6 +455,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="under 2 minutes, for CI")
     parser.add_argument("--text", nargs="*", help="files for the sections tokens and together")
+    parser.add_argument("--section", type=int, help="only this one, 1 to 9")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     files = {pattern: sorted(glob.glob(pattern)) for pattern in arguments.text or []}

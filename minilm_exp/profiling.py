@@ -93,7 +93,7 @@ def _parts(averages: Any) -> str:
         "next batch": milliseconds[_DATA],
         "teacher, forward or cache": milliseconds[TEACHER],
         "student, forward": milliseconds[STUDENT],
-        "loss, value and gradient of relations": milliseconds[LOSS],
+        "loss": milliseconds[LOSS],
         "student, backward": milliseconds[FORWARD_AND_BACKWARD] - forward,
         "optimiser": milliseconds[_OPTIMISER],
     }

@@ -369,6 +369,11 @@ def parse(
     settings.stages = _parse_stages(config)
     if not settings.stages:
         _resolve_init(settings)
+        if settings.recipe.name not in _WITHOUT_STAGES:
+            raise ExperimentError(
+                f"recipe={settings.recipe.name} has no stages: give recipe.stages, or choose one of"
+                f" {', '.join(_WITHOUT_STAGES)}"
+            )
     if settings.recipe.name == "teacher_assistant":
         settings.notes.append(_assistant_note(settings))
     if settings.recipe.name == "finetune":
@@ -414,7 +419,7 @@ def _parse_stages(config: DictConfig) -> list[Stage]:
                 f" {node.start}, which has its shape; leave out student or start"
             )
         own = config.copy()
-        own.recipe.stages = {}
+        own.recipe.name, own.recipe.stages = "task_agnostic", {}
         for group, changes in given.items():
             own[group] = OmegaConf.merge(own[group], changes)
         if node.objective is not None:
@@ -776,6 +781,8 @@ def _check_baseline(baseline: Baseline) -> None:
             f" baseline.hidden_size={shape['hidden_size']}"
         )
 
+
+_WITHOUT_STAGES = ("task_agnostic", "finetune", "prepare_corpus")
 
 _RELATION_SETTINGS = ("pairs", "num_relation_heads")
 

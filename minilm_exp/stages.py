@@ -158,9 +158,17 @@ class Chain:
             try:
                 precision = resolve_precision(settings.training.precision, settings.runtime.device)
                 grid = self.grid if stage.teacher == "teacher" else (1, 1)
-                caches = open_caches(
-                    settings, corpus, precision, teacher, fingerprint, objective, grid, tracker
-                )
+                caches = None
+                layer = _cached_layer(objective)
+                if layer is None:
+                    _check_cache(settings, objective)
+                    reason = "off: the objective needs more than one layer's states"
+                    tracker.set_tags({"teacher_cache": reason})
+                else:
+                    size = state_size(teacher, State("query", layer))
+                    caches = open_caches(
+                        settings, corpus, precision, fingerprint, layer, size, grid, tracker
+                    )
                 try:
                     finished = distil(
                         settings,
@@ -331,19 +339,14 @@ def open_caches(
     settings: Settings,
     corpus: PreparedCorpus,
     precision: str,
-    teacher: PreTrainedModel,
     teacher_fingerprint: str,
-    objective: Objective,
+    layer: int,
+    hidden_size: int,
     grid: tuple[int, int],
     tracker: Tracker,
 ) -> TeacherCaches | None:
-    """The caches of the teacher's states, or None where they are not wanted or cannot be."""
+    """The caches of the states of a teacher layer, or None where they are not wanted."""
     training, runtime = settings.training, settings.runtime
-    _check_cache(settings, objective)
-    layer = _cached_layer(objective)
-    if layer is None:
-        tracker.set_tags({"teacher_cache": "off: the objective needs more than one layer's states"})
-        return None
     validation = corpus.validation.spread(training.evaluation_sequences)
     root = settings.outputs / "cache" / "teacher"
     num_cells, num_seeds = grid
@@ -355,7 +358,6 @@ def open_caches(
         f"{CACHE_VERSION} {RESULTS_VERSION} {teacher_fingerprint} {corpus.fingerprint} {precision}"
         f" {layer}"
     )
-    hidden_size = state_size(teacher, State("query", layer))
     plan = plan_teacher_cache(
         runtime.teacher_cache,
         precision,

@@ -698,12 +698,12 @@ def test_logits_do_not_hang_on_the_batch(architecture, kind, make_job, monkeypat
 def test_batches_of_evaluation_hold_no_more_than_fits():
     """A batch of long texts that takes all memory, or one text that gets no batch at all."""
     lengths = [random.Random(7).randint(1, 500) for _ in range(300)] + [20_000]
-    batches = list(finetune_module._batches(lengths))
+    batches = list(finetune_module.batches_of_like_length(lengths))
     assert sorted(row for batch in batches for row in batch) == list(range(301))
     for batch in batches:
         padded = len(batch) * max(lengths[row] for row in batch)
         assert padded <= finetune_module._EVALUATION_TOKENS or len(batch) == 1
-    assert list(finetune_module._batches([])) == []
+    assert list(finetune_module.batches_of_like_length([])) == []
 
 
 @pytest.mark.parametrize("kind", ["classification", "spans"])

@@ -35,7 +35,7 @@ INPUTS = {
     "corpus.files",
     "corpus.datasets",
 }
-TASK_INPUTS = ("data", "train_data", "files")
+TASK_INPUTS = ("data", "train_data", "files", "pooling")  # which is that of similarity
 
 
 def is_neutral(name):
@@ -63,6 +63,8 @@ def changed(value):
 
 def leaves(node, prefix=""):
     """Every setting with its dotted name, those that are null too."""
+    if prefix == "stages":  # made from recipe.stages
+        return
     if dataclasses.is_dataclass(node):
         inner = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
     elif isinstance(node, dict):

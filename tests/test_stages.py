@@ -46,7 +46,8 @@ THREE = {
 def settings_of(compose_config, tiny_teacher_folder, tmp_path):
     """Settings of a recipe that a user wrote, on a tiny teacher of 4 layers and 32 dimensions."""
     text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"the model number {i} and the teacher" for i in range(200)))
+    passages = [f"the model number {i} and the teacher" for i in range(400)]
+    text.write_text("\n\n".join("\n".join(passages[i : i + 4]) for i in range(0, 400, 4)))
 
     def made(recipe_stages, *overrides, **values):
         config = compose_config(
@@ -136,7 +137,7 @@ def test_wrong_stage_is_named(settings_of, given, named):
 
 @pytest.mark.parametrize(
     "overrides",
-    [["layer_selection.teacher_layer=3"], ["student.init=teacher_layers"]],
+    [["layer_selection.teacher_layer=2"], ["student.init=teacher_layers"]],
     ids=str,
 )
 def test_what_stages_take_from_the_run_is_in_the_key(settings_of, overrides):

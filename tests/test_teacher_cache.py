@@ -32,7 +32,7 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertModel, Qwen3Config, Qwen3Model
 
-from minilm_exp import pipeline, teacher_cache
+from minilm_exp import pipeline, stages, teacher_cache
 from minilm_exp.corpus import Blocks, PreparedCorpus
 from minilm_exp.distil import Distiller, distil
 from minilm_exp.errors import ExperimentError
@@ -726,7 +726,7 @@ def opened_by_pipeline(settings_for, tmp_path):
         settings.layer_selection.teacher_layer = layer
         tracker = Tracker()
         prepared = replace(small_corpus(), fingerprint=corpus)
-        caches = pipeline._open_caches(
+        caches = stages.open_caches(
             settings, prepared, precision, teacher, layer, 96, (num_cells, num_seeds), tracker
         )
         opened.append(caches)
