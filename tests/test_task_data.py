@@ -159,7 +159,8 @@ def test_every_task_reads_its_folder(name, task_of, load, root):
     names = ["first", "second"][: len(task.text_columns)]
     assert rows.column_names == [*names, "label"]
     assert loaded.num_labels == (task.num_labels or 1)
-    assert set(labels_of(loaded.train)) == ({0.5, 4.25} if name.startswith("stsb") else {0, values[1]})
+    is_number = name.startswith("stsb")
+    assert set(labels_of(loaded.train)) == ({0.5, 4.25} if is_number else {0, values[1]})
 
 
 def test_texts_and_labels_stay_in_their_rows(load, root):
