@@ -21,13 +21,13 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install -c requirements.lock --no-build-isolation -e '.[dev]'
 	touch $(STAMP)
 
-demo: $(STAMP) ## run the main job with its defaults (4 minutes at most on 2 cores)
+demo: $(STAMP) ## run the main job with its defaults (under 4 minutes on 2 cores)
 	$(BIN)/python run.py
 
 demo-seeds: $(STAMP) ## the same over 3 seeds, with the spread of both students
 	$(BIN)/python run.py -m seed=1,2,3
 
-test: $(STAMP) ## run the tests (5 minutes at most on 2 cores, no network)
+test: $(STAMP) ## run the tests (5 minutes on 2 cores, no network)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(STAMP) ## ruff and mypy
