@@ -12,7 +12,7 @@ from pyarrow import parquet
 from minilm_exp import downstream
 from minilm_exp.errors import ExperimentError
 from minilm_exp.pipeline import run_experiment
-from minilm_exp.result import Result
+from minilm_exp.result import Result, read_result
 
 pytestmark = pytest.mark.usefixtures("quick_collection")
 
@@ -52,13 +52,13 @@ def outputs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
-    for task, columns in (("mrpc", 2), ("cola", 1)):
+    for task, columns in (("mrpc", 2), ("cola", 1), ("stsb", 2)):
         folder = root / "glue" / task
         folder.mkdir(parents=True)
         names = ["sentence1", "sentence2"] if columns == 2 else ["sentence"]
         for split, number in (("train", 16), ("validation", 12)):
             table = {name: [f"the model {i} of {name}" for i in range(number)] for name in names}
-            table["label"] = [i % 2 for i in range(number)]
+            table["label"] = [float(i) if task == "stsb" else i % 2 for i in range(number)]
             parquet.write_table(pyarrow.table(table), folder / f"{split}.parquet")
     return root
 
@@ -207,6 +207,40 @@ def test_checkpoint_of_a_random_teacher_is_not_meaningful(
     made_by.write()
     result = run_experiment(finetuning("task=mrpc", "seed=17", f"student.path={folder}/student"))
     assert not result.meaningful
+
+
+def test_student_of_a_stage_belongs_to_its_run(finetuning, children, tiny_teacher_folder, tmp_path):
+    """An assistant of a random teacher whose scores look meaningful."""
+    folder = tmp_path / "a run"
+    shutil.copytree(tiny_teacher_folder, folder / "stages" / "assistant" / "student")
+    Result("0" * 32, "a key", "FINISHED", str(folder), meaningful=False).write()
+    path = f"student.path={folder}/stages/assistant/student"
+    assert not run_experiment(finetuning("task=mrpc", "seed=19", path)).meaningful
+
+
+def test_result_of_an_earlier_version_is_read(tmp_path):
+    """Old results taken for none, so that their runs are not found again."""
+    Result("id", "key", "FINISHED", str(tmp_path), False, validation_loss=0.3).write()
+    file = tmp_path / "result.json"
+    file.write_text(file.read_text().replace("validation_loss", "validation_relation_loss"))
+    found = read_result(tmp_path)
+    assert found is not None
+    assert (found.validation_loss, found.meaningful) == (0.3, False)
+    file.write_text("[1]")
+    assert read_result(tmp_path) is None
+
+
+def test_similarity_needs_no_model_to_be_finished(finetuning, trained):
+    """Embeddings scored again with every call, because no fine-tuned model was kept."""
+    first = run_experiment(finetuning("task=stsb_similarity", "seed=20"))
+    assert set(first.metrics["student"]["stsb_similarity"]) == {"spearman", "pearson"}
+    again = run_experiment(finetuning("task=stsb_similarity", "seed=20"))
+    assert again.run_id == first.run_id
+    third = run_experiment(
+        finetuning("task=stsb_similarity", "seed=21", "task_training.num_seeds=3")
+    )
+    assert third.scores == first.scores and third.spreads == {}
+    assert trained == []
 
 
 def test_params_are_those_that_were_read(finetuning, outputs):

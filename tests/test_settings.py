@@ -728,6 +728,17 @@ def test_wrong_values_are_named(overrides, named, settings_for):
     assert named in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["relations", "relation_set", "relation_set.pairs"])
+def test_relations_that_nothing_reads_are_refused(name, compose_config):
+    """A grid over relation sets whose cells are all one run."""
+    config = compose_config("objective=minilmv1", "relations=kk")
+    with pytest.raises(
+        ExperimentError, match=f"{name} makes no difference with objective=minilmv1"
+    ):
+        parse(config, typed={name})
+    assert parse(config).unread_groups == ["relation_set"]
+
+
 NUMBERS_FROM_ZERO = {"seed", "training.warmup_steps", "training.weight_decay",
                      "runtime.num_workers", "training.hidden_dropout",
                      "training.attention_dropout", "training.adam_beta1",

@@ -126,6 +126,24 @@ WRONG = {
 }
 
 
+def test_positions_and_tokens_are_carried_on(settings_of, tiny_bert, tiny_tokenizer, tmp_path):
+    """Blocks longer than an earlier stage's student, or ids that it does not know, after hours."""
+    config = tiny_bert.config.__class__(
+        **tiny_bert.config.to_dict() | {"max_position_embeddings": 32}
+    )
+    folder = tmp_path / "short"
+    AutoModel.from_config(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    short = {"student": {"path": str(folder)}, "corpus": {"block_length": 16}}
+    for key in ("start", "teacher"):
+        with pytest.raises(ExperimentError, match=r"block_length=64.*32 positions"):
+            settings_of({"a": short, "b": {key: "a", "corpus": {"block_length": 64}}})
+    pruned = {"student": {"vocabulary": "prune_to_corpus"}}
+    for key in ("start", "teacher"):
+        with pytest.raises(ExperimentError, match=r"pretokenized=true"):
+            settings_of({"a": pruned, "b": {key: "a", "corpus": {"pretokenized": True}}})
+
+
 @pytest.mark.parametrize(("given", "named"), WRONG.values(), ids=WRONG.keys())
 def test_wrong_stage_is_named(settings_of, given, named):
     """A chain that fails in its last stage, after days."""
@@ -204,9 +222,9 @@ def run_three(settings_of, *overrides, **values):
     return run_experiment(settings_of(THREE, *overrides, **values))
 
 
-def test_three_stages_of_a_user(settings_of, whole):
+def test_three_stages_of_a_user(settings_of, whole, tmp_path):
     """A stage left out, one that trains another model, or runs that nobody finds again."""
-    result = run_three(settings_of)
+    result = run_three(settings_of, outputs_dir=str(tmp_path / "whole"))
     folder = Path(result.folder)
     assert result.status == "FINISHED"
     assert list(result.stages) == ["first", "second", "third"]
@@ -250,10 +268,12 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("stage_name, step", [("first", 4), ("second", 4), ("third", 4)])
-def test_stopped_chain_goes_on_where_it_was(settings_of, whole, stage_name, step, monkeypatch):
+def test_stopped_chain_goes_on_where_it_was(
+    settings_of, whole, stage_name, step, monkeypatch, tmp_path
+):
     """Finished stages trained again, another student than without the stop, steps logged twice."""
     if not whole:
-        test_three_stages_of_a_user(settings_of, whole)
+        test_three_stages_of_a_user(settings_of, whole, tmp_path)
     log_metrics = stages.Tracker.log_metrics
     trained = []
     distil = stages.distil
