@@ -275,6 +275,12 @@ _TRANSFORMS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
 }
 
 
+def pool(state: Tensor, attention_mask: Tensor, name: str) -> Tensor:
+    """One vector for each sequence (B, D) from (B, S, D): its `mean`, or its `first_token`."""
+    is_real_BS = _is_real(attention_mask, state)
+    return _TRANSFORMS[name](_without_padding(state, is_real_BS), is_real_BS)
+
+
 def _kl(teacher: Tensor, student: Tensor) -> Tensor:
     return nn.functional.kl_div(
         student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True

@@ -157,18 +157,9 @@ class Chain:
             tracker = self._start(stage, place)
             try:
                 precision = resolve_precision(settings.training.precision, settings.runtime.device)
-                grid = self.grid if stage.teacher == "teacher" else (1, 1)
-                caches = None
-                layer = _cached_layer(objective)
-                if layer is None:
-                    _check_cache(settings, objective)
-                    reason = "off: the objective needs more than one layer's states"
-                    tracker.set_tags({"teacher_cache": reason})
-                else:
-                    size = state_size(teacher, State("query", layer))
-                    caches = open_caches(
-                        settings, corpus, precision, fingerprint, layer, size, grid, tracker
-                    )
+                caches = self._caches(
+                    stage, corpus, precision, teacher, fingerprint, objective, tracker
+                )
                 try:
                     finished = distil(
                         settings,
@@ -207,6 +198,28 @@ class Chain:
             )
             student, _ = load_checkpoint(str(place / "student"))
         return student, finished
+
+    def _caches(
+        self,
+        stage: Stage,
+        corpus: PreparedCorpus,
+        precision: str,
+        teacher: PreTrainedModel,
+        fingerprint: str,
+        objective: Objective,
+        tracker: Tracker,
+    ) -> TeacherCaches | None:
+        _check_cache(stage.settings, objective)
+        layer = _cached_layer(objective)
+        if layer is None:
+            reason = "off: the objective needs more than one layer's states"
+            tracker.set_tags({"teacher_cache": reason})
+            return None
+        grid = self.grid if stage.teacher == "teacher" else (1, 1)
+        size = state_size(teacher, State("query", layer))
+        return open_caches(
+            stage.settings, corpus, precision, fingerprint, layer, size, grid, tracker
+        )
 
     def _place(self, name: str) -> Path:
         return self.folder if self._is_single else self.folder / "stages" / name

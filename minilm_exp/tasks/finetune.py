@@ -278,6 +278,25 @@ def _predictions(job: Finetuning, part: _Part, logits: list[numpy.ndarray]) -> l
 
 
 @torch.inference_mode()
+def outputs_of(
+    model: PreTrainedModel, encoded: Dataset, tokenizer: PreTrainedTokenizerFast, precision: str
+) -> Iterator[tuple[list[int], Any, Tensor]]:
+    """The model's output for rows of like length, with their numbers and their attention mask."""
+    was_training = model.training
+    model.eval()
+    collate = DataCollatorWithPadding(tokenizer)
+    names = [name for name in tokenizer.model_input_names if name in encoded.column_names]
+    inputs = encoded.select_columns(names)
+    for rows in batches_of_like_length(encoded["length"][:]):
+        fetched = inputs[rows]
+        batch = collate([{name: fetched[name][i] for name in names} for i in range(len(rows))])
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            output = model(**batch)
+        yield rows, output, batch["attention_mask"]
+    model.train(was_training)
+
+
 def predict(
     model: PreTrainedModel, encoded: Dataset, tokenizer: PreTrainedTokenizerFast, precision: str
 ) -> list[numpy.ndarray]:
@@ -286,19 +305,8 @@ def predict(
     Rows of like length are computed together. Of spans, an array (tokens, 2) of start and end
     logits without padding; else one value for each class.
     """
-    was_training = model.training
-    model.eval()
-    collate = DataCollatorWithPadding(tokenizer)
-    names = [name for name in tokenizer.model_input_names if name in encoded.column_names]
-    inputs = encoded.select_columns(names)
-    lengths = encoded["length"][:]
     logits: list[Any] = [None] * len(encoded)
-    for rows in batches_of_like_length(lengths):
-        fetched = inputs[rows]
-        batch = collate([{name: fetched[name][i] for name in names} for i in range(len(rows))])
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            output = model(**batch)
+    for rows, output, attention_mask in outputs_of(model, encoded, tokenizer, precision):
         if "logits" in output:
             values = output.logits.float().cpu().numpy()
             for row, value in zip(rows, values):
@@ -306,9 +314,8 @@ def predict(
         else:
             both = torch.stack([output.start_logits, output.end_logits], dim=-1)
             values = both.float().cpu().numpy()
-            for row, value, is_real in zip(rows, values, batch["attention_mask"].bool().cpu()):
+            for row, value, is_real in zip(rows, values, attention_mask.bool().cpu()):
                 logits[row] = value[is_real.numpy()]
-    model.train(was_training)
     return logits
 
 

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minilm_exp.errors import ExperimentError
+from minilm_exp.objectives import pool
 from minilm_exp.task_settings import Task
 from minilm_exp.tasks.encode import encode
 from minilm_exp.tasks.examples import Examples, part_name
-from minilm_exp.tasks.finetune import Finetuning, Scored, batches_of_like_length
+from minilm_exp.tasks.finetune import Finetuning, Scored, outputs_of
 from minilm_exp.tasks.metrics import combine_parts, score_part
 
 
@@ -72,30 +73,11 @@ def _embeddings(
         Examples(rows, f"{examples.fingerprint} {column}"),
         job.task.kind, False, tokenizer, job.settings, job.cache,
     )  # fmt: skip
-    names = [name for name in tokenizer.model_input_names if name in encoded.column_names]
-    inputs = encoded.select_columns(names)
-    collate = DataCollatorWithPadding(tokenizer)
-    was_training = encoder.training
-    nn.Module.to(encoder.eval(), job.runtime.device)
+    nn.Module.to(encoder, job.runtime.device)
     pooled = torch.empty(len(encoded), encoder.config.hidden_size)
-    for indices in batches_of_like_length(encoded["length"][:]):
-        fetched = inputs[indices]
-        batch = collate([{n: fetched[n][i] for n in names} for i in range(len(indices))])
-        batch = {name: tensor.to(encoder.device) for name, tensor in batch.items()}
-        with torch.autocast(
-            encoder.device.type, dtype=torch.bfloat16, enabled=job.precision == "bf16"
-        ):
-            states = encoder(**batch).last_hidden_state
-        pooled[indices] = _pool(states.float(), batch["attention_mask"], job.task.pooling).cpu()
-    encoder.train(was_training)
+    for indices, output, attention_mask in outputs_of(encoder, encoded, tokenizer, job.precision):
+        states = output.last_hidden_state.float()
+        pooled[indices] = pool(states, attention_mask, job.task.pooling).cpu()
     if not torch.isfinite(pooled).all():
         raise ExperimentError(f"{job.name}: the embeddings are not finite")
     return pooled
-
-
-def _pool(states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
-    if pooling == "first_token":
-        first = attention_mask.argmax(dim=1)
-        return states[torch.arange(len(states), device=states.device), first]
-    is_real = attention_mask[..., None].to(states.dtype)
-    return (states * is_real).sum(dim=1) / is_real.sum(dim=1)
