@@ -15,12 +15,13 @@ from transformers import BertConfig, BertModel
 
 from benchmarks.naive import NaiveDistiller, relation_loss
 from minilm_exp.distil import Distiller
-from minilm_exp.objectives import Objective, Relations
+from minilm_exp.objectives import Objective
 from minilm_exp.relations import Pair
 from minilm_exp.relations import relation_loss as block_loss
 from minilm_exp.states import StateTap, qkv_states
 from minilm_exp.student import untrained_parameters
 from minilm_exp.teacher_cache import Plan, TeacherCaches
+from minilm_exp.terms import Relations
 
 PAIRS: list[Pair] = [("query", "query"), ("key", "key"), ("value", "value")]
 VARIANTS = ("floor", "naive", "ours")
@@ -125,7 +126,7 @@ def _ours(distiller: Distiller) -> Step:
     def step(input_ids: Tensor, attention_mask: Tensor) -> None:
         # A packed block has no padding, so the corpus gives no mask.
         mask = None if attention_mask.all() else attention_mask
-        distiller(input_ids, mask)["loss"].backward()
+        distiller(input_ids=input_ids, attention_mask=mask)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -163,7 +164,7 @@ def make_cached_step(size: Size, cached: bool, precision: str) -> tuple[Step, Te
 
     def step(input_ids: Tensor, attention_mask: Tensor) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = distiller(input_ids, index=index)["loss"]
+            loss = distiller(input_ids=input_ids, index=index)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -26,19 +26,30 @@ from transformers import (
 
 from minilm_exp.corpus import PreparedCorpus
 from minilm_exp.errors import ExperimentError
+from minilm_exp.masking import Masker
 from minilm_exp.objectives import Objective
 from minilm_exp.precision import teacher_dtype
 from minilm_exp.profiling import FORWARD_AND_BACKWARD, LOSS, STUDENT, TEACHER, StepProfiler
 from minilm_exp.progress import TokenProgress
 from minilm_exp.settings import Settings
 from minilm_exp.shuffle import ShuffleSampler
-from minilm_exp.states import OUTPUT, QKV, State, StateTap, layers_of, qkv_states
+from minilm_exp.states import (
+    HEAD_STATES,
+    OUTPUT,
+    QKV,
+    State,
+    StateTap,
+    layers_of,
+    qkv_states,
+)
 from minilm_exp.student import untrained_parameters
 from minilm_exp.teacher_cache import TeacherCaches
 
 LogMetrics = Callable[[dict[str, float], int], None]
 
 _WHOLE = "whole.json"
+# In the place of a step.
+_VALIDATION = -1
 
 
 class Distiller(nn.Module):
@@ -81,33 +92,38 @@ class Distiller(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
         attention_mask: Tensor | None = None,
         index: Tensor | None = None,
+        labels: Tensor | None = None,
         return_loss: bool = True,
+        **inputs: Tensor,
     ) -> dict[str, Tensor]:
         """The loss, and `terms`: those of `objective.names` without weight, and the loss again.
 
-        `index` numbers the examples in their part: training's in training mode, else validation's.
+        `inputs` are those of the student: input_ids, and token_type_ids where it has them. `index`
+        numbers the examples in their part: training's in training mode, else validation's.
         """
         with record_function(TEACHER):
-            teacher_states = self._teacher_states(input_ids, attention_mask, index)
+            teacher_states = self._teacher_states(inputs, attention_mask, index)
         with record_function(STUDENT):
-            student_states = self.student(input_ids=input_ids, attention_mask=attention_mask)
+            student_states = self.student(attention_mask=attention_mask, **inputs)
         with record_function(LOSS):
-            loss, terms_T = self.objective(teacher_states, student_states, attention_mask)
+            loss, terms_T = self.objective(teacher_states, student_states, attention_mask, labels)
         return {"loss": loss, "terms": torch.cat([terms_T, loss.detach()[None]])}
 
     @torch.no_grad()
     def _teacher_states(
-        self, input_ids: Tensor, attention_mask: Tensor | None, index: Tensor | None
+        self, inputs: dict[str, Tensor], attention_mask: Tensor | None, index: Tensor | None
     ) -> dict[State, Tensor]:
+        if not self.objective.teacher_states:
+            return {}
+
         def run_teacher(rows: Tensor | slice) -> dict[State, Tensor]:
             mask = None if attention_mask is None else attention_mask[rows]
-            ids = input_ids[rows]
+            taken = {name: tensor[rows] for name, tensor in inputs.items()}
             if self._teacher_ids is not None:
-                ids = self._teacher_ids[ids]
-            return self._teacher[0](input_ids=ids, attention_mask=mask)
+                taken["input_ids"] = self._teacher_ids[taken["input_ids"]]
+            return self._teacher[0](attention_mask=mask, **taken)
 
         if self.caches is None or index is None:
             states = run_teacher(slice(None))
@@ -129,10 +145,12 @@ class Distiller(nn.Module):
         """
         for tap in (*self._teacher, self.student):
             layers = layers_of(tap.encoder)
-            tapped = {max(state.layer - 1, 0) for state in tap.wanted if state.name != OUTPUT}
-            if any(state.name not in (*QKV, "hidden", OUTPUT) for state in tap.wanted):
+            above = {state for state in tap.wanted if state.name in (OUTPUT, *HEAD_STATES)}
+            below = tap.wanted - above
+            if any(state.name not in (*QKV, "hidden") for state in below):
                 continue
-            end = len(layers) if State(OUTPUT) in tap.wanted else max(tapped)
+            tapped = {max(state.layer - 1, 0) for state in below}
+            end = len(layers) if above else max(tapped)
             self._compiled += [layers[i] for i in range(end) if i not in tapped]
         # Else dropout would draw other units than without compiling.
         torch._inductor.config.fallback_random = True
@@ -160,6 +178,7 @@ def distil(
     caches: TeacherCaches | None = None,
     profile_folder: Path | None = None,
     teacher_ids: Tensor | None = None,
+    masker: Masker | None = None,
 ) -> dict[str, float]:
     """Trains the student in place and returns its final validation losses.
 
@@ -177,6 +196,7 @@ def distil(
         caches: Of the teacher's states; None runs the teacher each time.
         profile_folder: Where a trace of a few steps is written, if anywhere.
         teacher_ids: The teacher's id of each token of the student, where those differ.
+        masker: Masks tokens of every batch, for models with a head of masked language modelling.
 
     Returns:
         Of the held-out blocks the mean of each of `objective.names` ("query-query"), and of the
@@ -214,9 +234,10 @@ def distil(
         eval_dataset=corpus.validation.spread(training.evaluation_sequences),
         callbacks=[
             TokenProgress(training.batch_size * settings.corpus.block_length),
-            _MarkWhole(),
+            MarkWhole(),
         ],
         log_metrics=log_metrics,
+        masker=masker,
     )
     trainer.remove_callback(PrinterCallback)
     profiler = None if profile_folder is None else StepProfiler(profile_folder)
@@ -240,9 +261,9 @@ def distil(
 class _DistillationTrainer(Trainer):
     """The library's training loop; only what is logged and evaluated is ours."""
 
-    def __init__(self, log_metrics: LogMetrics, **arguments: Any) -> None:
+    def __init__(self, log_metrics: LogMetrics, masker: Masker | None, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._log_metrics = log_metrics
+        self._log_metrics, self._masker = log_metrics, masker
         self._sums: Tensor | None = None
         self._num_summed = 0
         self._evaluated: tuple[int, dict[str, float]] | None = None
@@ -268,7 +289,7 @@ class _DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        outputs = model(**inputs)
+        outputs = model(**self._masked(inputs, self.state.global_step))
         loss = outputs["loss"]
         if not torch.isfinite(loss):
             raise ExperimentError(
@@ -281,6 +302,14 @@ class _DistillationTrainer(Trainer):
             self._sums = terms_T if self._sums is None else self._sums + terms_T
             self._num_summed += 1
         return (loss, outputs) if return_outputs else loss
+
+    def _masked(self, inputs: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        if self._masker is None:
+            return inputs
+        ids, labels = self._masker(
+            inputs["input_ids"], inputs.get("attention_mask"), inputs["index"], step
+        )
+        return inputs | {"input_ids": ids, "labels": labels}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
@@ -328,7 +357,7 @@ class _DistillationTrainer(Trainer):
         for batch in loader:
             inputs = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
-                outputs = model(**inputs)
+                outputs = model(**self._masked(inputs, _VALIDATION))
             count = len(batch["input_ids"])
             sums += outputs["terms"].cpu().double() * count
             num_sequences += count
@@ -366,7 +395,7 @@ class Collator:
         }
 
 
-class _MarkWhole(TrainerCallback):
+class MarkWhole(TrainerCallback):
     """Marks a checkpoint as whole once all of it is on disk, with the sizes of its files.
 
     What is averaged for the log is written out with it, so that a resumed run logs the same.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
 import logging
 import shutil
@@ -13,50 +11,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import xxhash
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
 from minilm_exp.errors import ExperimentError
-from minilm_exp.provenance import RESULTS_VERSION, fingerprint_text, fingerprint_tokenizer
+from minilm_exp.provenance import RESULTS_VERSION, fingerprint_text
 from minilm_exp.result import write_json
 from minilm_exp.settings import Settings
-from minilm_exp.student import set_dropout
 from minilm_exp.task_settings import Task, TaskSettings
+from minilm_exp.task_stages import Model, TaskStages
 from minilm_exp.tasks.data import load_task
 from minilm_exp.tasks.examples import Examples, TaskData, part_name
 from minilm_exp.tasks.finetune import Finetuning, Scored, finetune
 from minilm_exp.tasks.metrics import check_labels, check_score_names
 from minilm_exp.tasks.next_passage import make_next_passage
 from minilm_exp.tasks.similarity import score_similarity
-from minilm_exp.tasks.spans import Answer
 from minilm_exp.tasks.splits import Splits, find_splits
 from minilm_exp.tracking import Tracker
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model to be scored: an encoder without a head, and its tokenizer."""
-
-    encoder: PreTrainedModel
-    tokenizer: PreTrainedTokenizerFast
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Of the weights, the architecture and the tokenizer; dropout is the task's."""
-        digest = xxhash.xxh3_128()
-        for name, tensor in self.encoder.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().numpy())
-        config = copy.deepcopy(self.encoder.config)
-        set_dropout(config, 0.0, 0.0)
-        facts = config.to_dict()
-        for name in ("_name_or_path", "architectures", "dtype", "transformers_version"):
-            facts.pop(name, None)
-        digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
-        digest.update(fingerprint_tokenizer(self.tokenizer).encode())
-        return digest.hexdigest()
 
 
 @dataclass
@@ -147,12 +117,26 @@ class Scoring:
         precision: fp32 or bf16.
         folder: The run folder, for predictions and models.
         tracker: Of the run; each fine-tuning is a run below it.
+        stages: By which the student learns a task, instead of by its labels.
     """
 
     settings: Settings
     precision: str
     folder: Path
     tracker: Tracker
+    stages: TaskStages | None = None
+
+    def check(self, tasks: dict[str, TaskData]) -> None:
+        """Whether the stages can be run.
+
+        Raises:
+            ExperimentError: One of them cannot.
+        """
+        if self.stages is None:
+            return
+        for name, data in tasks.items():
+            settings = self.settings.task_training.cells(name, self.settings.tasks[name])[0]
+            self.stages.check(self._job(name, data, settings, self.settings.seed))
 
     def score(self, name: str, data: TaskData, role: str, model: Model) -> TaskScore:
         """The scores of one model on one task.
@@ -168,7 +152,7 @@ class Scoring:
         all_settings = training.cells(name, task)[: 1 if is_fixed else None]
         cells: list[Cell] = []
         best: Cell | None = None
-        kept = _Kept(self.folder / "models" / f"{name}-{role}", task.selected_by)
+        kept = _Kept(self._model_folder(name, role), task.selected_by)
         for settings in all_settings:
             cell = Cell(_searched(settings, all_settings))
             cells.append(cell)
@@ -195,7 +179,7 @@ class Scoring:
                 f"{role} on {name}: none of the {len(cells)} cells of the search could be trained;"
                 f" the last: {cells[-1].error}"
             )
-        if self.settings.recipe.keep_models and task.kind != "similarity":
+        if self._keeps(role) and task.kind != "similarity":
             self._keep_best(name, role, model, kept)
         outcome = TaskScore(best, cells)
         self._report(name, role, outcome)
@@ -211,50 +195,65 @@ class Scoring:
             precision=self.precision,
             runtime=self.settings.runtime,
             cache=self.settings.outputs / "cache" / "tasks",
+            checkpoint_steps=self.settings.task_training.checkpoint_steps,
         )
+
+    def _model_folder(self, name: str, role: str) -> Path:
+        return self.folder / "models" / f"{name}-{role}"
+
+    def _keeps(self, role: str) -> bool:
+        """Whether the fine-tuned model stays, also because a stage needs it as its teacher."""
+        teachers = () if self.stages is None else (stage.teacher for stage in self.stages.stages)
+        return self.settings.recipe.keep_models or role in teachers
 
     def _finetune(
         self, job: Finetuning, role: str, model: Model, cell: Cell, kept: _Kept
     ) -> Scored:
         """One fine-tuning as a run of its own, or what an earlier one of the same content gave."""
-        key = _key(job, model.fingerprint)
+        weights = model.fingerprint
+        if role == "student" and self.stages is not None:
+            weights = self.stages.fingerprint(job)
+        key = _key(job, weights)
+        place = self.folder / "finetuning" / key
         file = self.settings.outputs / "finetuned" / f"{key}.json"
         done = self.folder / "finetuned" / key
         stored = _read(file, job)
         if stored is not None and self.settings.rerun:
             stored = stored if stored["parent_id"] == self.tracker.run_id else None
         if stored is not None and done.exists():
-            scored = _scored(stored, job)
-            kept.offer(job, key, scored, was_trained=False)
+            scored = Scored.of(stored, job.task.kind)
+            kept.offer(job, key, scored)
             return scored
         title = f"{role} on {job.name}"
         label = ", ".join(f"{name}={value:g}" for name, value in cell.settings.items())
         child = self.tracker.child(
             f"{title} seed={job.seed}" + (f" {label}" if label else ""),
             {"task": job.name, "role": role, "seed": str(job.seed), "finetuning_key": key},
+            place / "run_id",
         )
         try:
             child.log_params(
                 {"task": job.name, "role": role, "seed": job.seed} | asdict(job.settings)
             )
             if stored is not None:
-                scored = _scored(stored, job)
+                scored = Scored.of(stored, job.task.kind)
                 child.set_tags({"taken_from": stored["run_id"]})
+                if self._keeps(role):
+                    kept.copy(Path(stored.get("model", "")), key)
             else:
-                folder = kept.next_folder if self.settings.recipe.keep_models else None
-                if job.task.kind == "similarity":
-                    scored = score_similarity(model.encoder, model.tokenizer, job)
-                else:
-                    scored = finetune(
-                        model.encoder, model.tokenizer, job, title, child.log_metrics, folder
-                    )
+                scored = self._train(job, role, model, key, title, child, kept)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_json(
                     file,
                     asdict(scored)
-                    | {"run_id": child.run_id, "parent_id": self.tracker.run_id, "key": key},
+                    | {
+                        "run_id": child.run_id,
+                        "parent_id": self.tracker.run_id,
+                        "key": key,
+                        "model": str(kept.folder),
+                    },
                 )
-            kept.offer(job, key, scored, was_trained=stored is None)
+            kept.offer(job, key, scored)
             best = {f"best/{metric}": value for metric, value in scored.metrics.items()}
             child.log_metrics(best | {"best/epoch": scored.best_epoch})
             for path in self._write_predictions(job, role, cell, scored):
@@ -266,7 +265,38 @@ class Scoring:
         # A run that goes on does not list it again.
         done.parent.mkdir(exist_ok=True)
         done.touch()
+        shutil.rmtree(place, ignore_errors=True)
         return scored
+
+    def _train(
+        self,
+        job: Finetuning,
+        role: str,
+        model: Model,
+        key: str,
+        title: str,
+        tracker: Tracker,
+        kept: _Kept,
+    ) -> Scored:
+        """Goes on from the last checkpoint of an interrupted fine-tuning."""
+        place = self.folder / "finetuning" / key
+        folder = kept.next_folder if self._keeps(role) else None
+        if job.task.kind == "similarity":
+            return score_similarity(model.encoder, model.tokenizer, job)
+        if role == "student" and self.stages is not None:
+            return self.stages.run(
+                job, place, title, tracker, self.tracker, self._finetuned_teacher, folder
+            )
+        return finetune(
+            model.encoder, model.tokenizer, job, title, tracker.log_metrics, folder,
+            checkpoints=place / "checkpoints",
+        )  # fmt: skip
+
+    def _finetuned_teacher(self, job: Finetuning, name: str) -> Path:
+        """The best one of the search and of the seeds."""
+        assert self.stages is not None
+        self.score(job.name, job.data, name, self.stages.models[name])
+        return self._model_folder(job.name, name)
 
     def _keep_best(self, name: str, role: str, model: Model, kept: _Kept) -> None:
         """Trains the best one again where its result was taken from another run."""
@@ -276,10 +306,18 @@ class Scoring:
         _log.info(
             "%s on %s: trained again, because its result was kept but not its model", role, name
         )
-        title = f"{role} on {name}"
-        job = kept.best.job
-        finetune(model.encoder, model.tokenizer, job, title, lambda *_: None, kept.next_folder)
+        title, job = f"{role} on {name}, trained again", kept.best.job
+        place = self.folder / "finetuning" / kept.best.key
+        tags = {"task": name, "role": role, "seed": str(job.seed)}
+        child = self.tracker.child(title, tags, place / "run_id")
+        try:
+            self._train(job, role, model, kept.best.key, title, child, kept)
+        except BaseException as error:
+            child.fail(error)
+            raise
+        child.finish("FINISHED")
         kept.take_again()
+        shutil.rmtree(place, ignore_errors=True)
 
     def _write_predictions(
         self, job: Finetuning, role: str, cell: Cell, scored: Scored
@@ -344,15 +382,23 @@ class _Kept:
         self._selected_by = selected_by
         self._clear()
 
-    def offer(self, job: Finetuning, key: str, scored: Scored, was_trained: bool) -> None:
+    def offer(self, job: Finetuning, key: str, scored: Scored) -> None:
         """Takes a model if it validates better than the others of its cell; else drops it."""
         candidate = _Candidate(job, key, scored.metrics[self._selected_by])
         if self._best_of_cell is None or candidate.value > self._best_of_cell.value:
             self._best_of_cell = candidate
             shutil.rmtree(self._cell_folder, ignore_errors=True)
-            if was_trained and self.next_folder.is_dir():
+            if self.next_folder.is_dir():
                 _move(self.next_folder, self._cell_folder, key)
         shutil.rmtree(self.next_folder, ignore_errors=True)
+
+    def copy(self, source: Path, key: str) -> None:
+        """Copies the model that another run kept of this fine-tuning, where it still has it."""
+        try:
+            if (source / "finetuning_key").read_text("utf-8") == key:
+                shutil.copytree(source, self.next_folder)
+        except OSError:
+            shutil.rmtree(self.next_folder, ignore_errors=True)
 
     def end_cell(self, is_best: bool) -> None:
         """The models of the next cell compete anew."""
@@ -473,12 +519,3 @@ def _read(file: Path, job: Finetuning) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return stored if whole else None
-
-
-def _scored(stored: dict[str, Any], job: Finetuning) -> Scored:
-    predictions = stored["predictions"]
-    if job.task.kind == "spans":
-        predictions = {
-            part: [Answer(**answer) for answer in answers] for part, answers in predictions.items()
-        }
-    return Scored(stored["metrics"], stored["epochs"], stored["best_epoch"], predictions)

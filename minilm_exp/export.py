@@ -8,7 +8,13 @@ from pathlib import Path
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from minilm_exp.objective_settings import AnyTerm, RelationTerm, StateTerm
+from minilm_exp.objective_settings import (
+    AnyTerm,
+    LabelTerm,
+    LogitTerm,
+    RelationTerm,
+    StateTerm,
+)
 from minilm_exp.redaction import redact
 from minilm_exp.result import Result
 from minilm_exp.settings import Settings, as_dict
@@ -119,7 +125,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 def _method(settings: Settings) -> str:
     """What was distilled, in every stage."""
     described = []
-    for stage in settings.chain:
+    for stage in settings.corpus_stages:
         own = stage.settings
         text = f"{', '.join(map(_term, own.objective.terms.values()))} ({own.objective.name})"
         training = own.training
@@ -145,6 +151,10 @@ def _term(term: AnyTerm) -> str:
     if isinstance(term, StateTerm):
         compared = "modules" if term.modules else f"{term.state} states, layers {term.layers}"
         return f"{term.distance} of {compared}"
+    if isinstance(term, LogitTerm):
+        return f"soft labels ({term.distance}, temperature {term.temperature:g})"
+    if isinstance(term, LabelTerm):
+        return "labels"
     return f"attention scores, layers {term.layers}"
 
 

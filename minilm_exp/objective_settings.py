@@ -13,6 +13,7 @@ from minilm_exp.errors import ExperimentError, reason_of
 
 STATE_LETTERS = {"q": "query", "k": "key", "v": "value"}
 DISTANCES = ("mse", "l1", "cosine", "kl")
+SOFT_DISTANCES = ("ce", "kl", "mse")
 TRANSFORMS = ("first_token", "mean", "normalize")
 PROJECTIONS = ("none", "shared", "each")
 LAYERS = ("selected", "last", "uniform", "uniform_from_embeddings", "skip", "last_layers")
@@ -82,12 +83,45 @@ class StateTerm:
     kind: str = "states"
 
 
-AnyTerm = RelationTerm | ScoreTerm | StateTerm
+@dataclass
+class LogitTerm:
+    """The teacher's predictions as soft labels: of a task, or of masked language modelling.
+
+    Attributes:
+        distance: ce, kl or mse; of a regression always mse.
+        temperature: Both sides are divided by it before the softmax, and the loss is multiplied by
+            its square; mse has none.
+        tokens: Of masked language modelling: masked, or all.
+    """
+
+    distance: str = "ce"
+    temperature: float = 1.0
+    tokens: str = "masked"
+    weight: float = 1.0
+    kind: str = "logits"
+
+
+@dataclass
+class LabelTerm:
+    """The labels of the data, as in fine-tuning; on a corpus the masked tokens themselves."""
+
+    weight: float = 1.0
+    kind: str = "labels"
+
+
+AnyTerm = RelationTerm | ScoreTerm | StateTerm | LogitTerm | LabelTerm
 _KINDS: dict[str, type] = {
     "relations": RelationTerm,
     "attention_scores": ScoreTerm,
     "states": StateTerm,
+    "logits": LogitTerm,
+    "labels": LabelTerm,
 }
+
+
+def trains_head(terms: dict[str, AnyTerm]) -> bool:
+    """Whether a term compares predictions, so that both models need a head."""
+    return any(isinstance(term, (LogitTerm, LabelTerm)) for term in terms.values())
 
 
 @dataclass
@@ -130,7 +164,7 @@ def parse_terms(terms: dict[str, Any]) -> dict[str, AnyTerm]:
             elif "not in" in message:
                 message = f"terms of kind {kind} have no such setting"
             raise ExperimentError(f"{key}: {message}") from error
-        assert isinstance(typed, (RelationTerm, ScoreTerm, StateTerm))
+        assert isinstance(typed, AnyTerm)
         parsed[name] = typed
     return parsed
 
@@ -188,6 +222,10 @@ def check_terms(
                 f"{where}.weight={term.weight} must be a finite number above 0; leave a term out"
                 f" with ~{where}"
             )
+        if isinstance(term, LogitTerm):
+            _check_logit_term(where, term)
+        if isinstance(term, (LogitTerm, LabelTerm)):
+            continue
         if isinstance(term, StateTerm):
             _check_state_term(where, term)
             if term.modules is not None or term.state == "last_hidden_state":
@@ -226,6 +264,24 @@ def _check_layers(where: str, layers: Any) -> None:
     if not is_list:
         raise ExperimentError(
             f"{where}.layers={layers} must be a name or pairs [[teacher layer, student layer], ...]"
+        )
+
+
+def _check_logit_term(where: str, term: LogitTerm) -> None:
+    for name, value, choices in (
+        ("distance", term.distance, SOFT_DISTANCES),
+        ("tokens", term.tokens, ("masked", "all")),
+    ):
+        if value not in choices:
+            raise ExperimentError(f"{where}.{name}={value} is not one of {', '.join(choices)}")
+    if not (term.temperature > 0 and math.isfinite(term.temperature)):
+        raise ExperimentError(
+            f"{where}.temperature={term.temperature} must be a finite number above 0"
+        )
+    if term.distance == "mse" and term.temperature != 1:
+        raise ExperimentError(
+            f"{where}.temperature={term.temperature} makes no difference with distance=mse, where"
+            " it cancels against its square: leave it at 1"
         )
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minilm_exp.corpus import PreparedCorpus, fingerprint_corpus, prepare_corpus
-from minilm_exp.downstream import Model, Scoring, find_tasks, load_tasks
+from minilm_exp.downstream import Scoring, find_tasks, load_tasks
 from minilm_exp.errors import ExperimentError
 from minilm_exp.export import write_model_card
 from minilm_exp.precision import resolve_precision
@@ -37,6 +38,7 @@ from minilm_exp.student import (
     count_parameters,
     load_checkpoint,
 )
+from minilm_exp.task_stages import Model, TaskStages
 from minilm_exp.tasks.examples import TaskData, part_name
 from minilm_exp.tasks.splits import Splits
 from minilm_exp.teacher import (
@@ -131,7 +133,7 @@ def _identify(settings: Settings) -> tuple[str, dict[str, str], dict[str, Splits
         student = stage.settings.student
         if (student.path, student.config) != (settings.student.path, settings.student.config):
             inputs[f"student.{stage.name}"] = _fingerprint_student(stage.settings)
-        if stage.settings.corpus != settings.corpus:
+        if stage.settings.corpus != settings.corpus and stage.settings.data == "corpus":
             inputs[f"corpus.{stage.name}"] = fingerprint_corpus(stage.settings.corpus)
     splits = find_tasks(settings)
     inputs |= {f"task.{name}": found.fingerprint() for name, found in splits.items()}
@@ -150,15 +152,23 @@ def _distil_and_score(
     tokenizer = load_tokenizer(settings.teacher)
     teacher = load_encoder(settings.teacher)
     chain = Chain(settings, teacher, inputs, tokenizer, folder, tracker, grid)
-    corpus = chain.open_corpus(settings, tokenizer, inputs["corpus"])
-    tracker.log_dataset("corpus", corpus.fingerprint, str(corpus.folder), "training")
+    untrained = chain.check()
+    corpus = None
+    if "corpus" in inputs:
+        corpus = chain.open_corpus(settings, tokenizer, inputs["corpus"])
+        tracker.log_dataset("corpus", corpus.fingerprint, str(corpus.folder), "training")
     tasks = _load_tasks(settings, splits, corpus, tracker)
+    if settings.task_stages:
+        scoring.stages = _task_stages(settings, untrained)
+        scoring.check(tasks)
     distilled = chain.run()
-    stages = [*distilled.losses]
-    result.validation_losses = distilled.losses[stages[-1]]
-    result.validation_loss = result.validation_losses["total"]
-    if len(stages) > 1:
+    if distilled.losses:
+        result.validation_losses = [*distilled.losses.values()][-1]
+        result.validation_loss = result.validation_losses["total"]
+    if len(distilled.losses) > 1:
         result.stages = distilled.losses
+    if settings.task_stages:
+        scoring.stages = _task_stages(settings, distilled.models)
 
     models = {
         "student": Model(distilled.student, distilled.tokenizer),
@@ -167,7 +177,14 @@ def _distil_and_score(
     }
     _measure(settings, models, tracker, result)
     _score(settings, tasks, models, scoring, result)
-    write_model_card(folder / "student", settings, result, distilled.untrained)
+    if distilled.losses:
+        write_model_card(folder / "student", settings, result, distilled.untrained)
+
+
+def _task_stages(
+    settings: Settings, models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerFast]]
+) -> TaskStages:
+    return TaskStages(settings, {name: Model(*model) for name, model in models.items()})
 
 
 def _score_checkpoint(
@@ -384,7 +401,8 @@ def _finish(tracker: Tracker, result: Result) -> None:
     result.write()
     tracker.log_artifact(folder / "result.json")
     tracker.finish("FINISHED")
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for name in ("checkpoints", "finetuning"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _record_failure(tracker: Tracker, result: Result, error: BaseException) -> None:

@@ -41,7 +41,15 @@ def run_key(settings: Settings, precision: str, fingerprints: dict[str, str]) ->
     """
     plain = _plain(settings, precision)
     plain["recipe"]["stages"] = [
-        [stage.name, stage.teacher, stage.start, _plain(stage.settings, precision)]
+        [
+            stage.name,
+            stage.settings.data,
+            stage.teacher,
+            stage.start,
+            stage.task_training,
+            stage.head_only,
+            _plain(stage.settings, precision),
+        ]
         for stage in settings.stages
     ]
     plain["inputs"] = fingerprints
@@ -70,7 +78,8 @@ def _plain(settings: Settings, precision: str) -> dict[str, Any]:
     # In their order, in which linear maps are drawn.
     plain["objective"]["terms"] = list(plain["objective"]["terms"].items())
     plain["training"]["precision"] = precision
-    if settings.recipe.name == "finetune":
+    del plain["task_training"]["checkpoint_steps"]
+    if settings.recipe.name == "finetune" or not settings.corpus_stages:
         plain["precision"] = precision
     else:
         plain["teacher_dtype"] = str(teacher_dtype(precision, settings.runtime.teacher_cache))

@@ -36,7 +36,7 @@ def run_name(settings: Settings) -> str:
 
 def finished_run(settings: Settings, key: str) -> Result | None:
     """The finished run of this key whose student or fine-tuned models are still there, or None."""
-    if settings.recipe.name != "finetune":
+    if settings.recipe.name != "finetune" and settings.corpus_stages:
         needed = "student/config.json"
     else:
         is_trained = any(task.kind != "similarity" for task in settings.tasks.values())
@@ -83,10 +83,15 @@ def _has_work(folder: Path) -> bool:
     """Whether something lies there that a resumed run would not compute again."""
     stages = folder / "stages"
     places = [folder, *(stages.iterdir() if stages.is_dir() else ())]
-    return any(
-        (place / "losses.json").is_file()
-        or last_whole_checkpoint(place / "checkpoints") is not None
-        for place in places
+    finetuning = [*(folder / "finetuning").glob("*/*")]
+    checkpoints = [
+        *(place / "checkpoints" for place in places),
+        *(place for place in finetuning if place.name.endswith("checkpoints")),
+    ]
+    return (
+        any((place / "losses.json").is_file() for place in places)
+        or any((place / "config.json").is_file() for place in finetuning)
+        or any(last_whole_checkpoint(place) is not None for place in checkpoints)
     )
 
 

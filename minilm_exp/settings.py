@@ -11,7 +11,7 @@ import glob
 import math
 import os
 from collections.abc import Container
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -21,12 +21,16 @@ from omegaconf.errors import OmegaConfBaseException
 from minilm_exp.errors import ExperimentError
 from minilm_exp.objective_settings import (
     STATE_LETTERS,
+    LabelTerm,
+    LogitTerm,
     Objective,
     RelationTerm,
     check_terms,
     parse_terms,
+    trains_head,
 )
 from minilm_exp.task_settings import (
+    TaskSettings,
     TaskTraining,
     check_tasks,
     parse_tasks,
@@ -159,12 +163,18 @@ class StageGiven:
     """A stage as a recipe gives it.
 
     Attributes:
+        data: What it reads: corpus, or task, the training examples of each task of the run in turn.
+            There, teacher and student have a head; a teacher that has none yet is first fine-tuned
+            on the task.
         teacher: `teacher`, or the name of an earlier stage whose student it is.
         start: Name of an earlier stage whose student goes on learning; null builds one anew.
         student: Differences from the group student, and likewise the next three.
         objective: An objective instead of the run's.
+        task_training: On a task, differences from its fine-tuning settings.
+        head_only: On a task, whether only the head learns.
     """
 
+    data: str = "corpus"
     teacher: str = "teacher"
     start: Optional[str] = None
     student: dict[str, Any] = field(default_factory=dict)
@@ -172,6 +182,8 @@ class StageGiven:
     corpus: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     objective: Optional[dict[str, Any]] = None
+    task_training: dict[str, Any] = field(default_factory=dict)
+    head_only: bool = False
 
 
 @dataclass
@@ -268,11 +280,23 @@ class Settings:
     notes: list[str] = field(default_factory=list)
     # Of class Stage, which OmegaConf needs not know.
     stages: list[Any] = field(default_factory=list)
+    # What a stage reads, of which these are the settings: corpus or task.
+    data: str = "corpus"
 
     @property
     def chain(self) -> list[Stage]:
         """The stages, one at least."""
         return self.stages or [Stage("distil", "teacher", None, self)]
+
+    @property
+    def corpus_stages(self) -> list[Stage]:
+        """Those that read the corpus; they come first."""
+        return [stage for stage in self.chain if stage.settings.data == "corpus"]
+
+    @property
+    def task_stages(self) -> list[Stage]:
+        """Those that read the tasks' data."""
+        return [stage for stage in self.chain if stage.settings.data == "task"]
 
     @property
     def outputs(self) -> Path:
@@ -283,7 +307,11 @@ class Settings:
     def unread_groups(self) -> list[str]:
         """Groups whose values make no difference to what is computed."""
         if self.recipe.name != "finetune":
-            return [] if self.objective.reads_relation_set else ["relation_set"]
+            unread = [] if self.objective.reads_relation_set else ["relation_set"]
+            if not self.corpus_stages:
+                unread += ["training"]
+                unread += [] if "next_passage" in self.tasks else ["corpus"]
+            return unread
         unread = ["relation_set", "layer_selection", "objective", "training"]
         unread += [group for group in ("teacher", "student") if group not in self.recipe.models]
         if "next_passage" not in self.tasks:
@@ -309,6 +337,8 @@ class Stage:
     """A stage of a recipe: `StageGiven` with the settings that it runs with.
 
     Attributes:
+        task_training: Differences from the settings of a fine-tuning.
+        head_only: Whether only the head learns.
         num_positions: Of its student.
         is_pruned: Whether its student reads fewer tokens than the teacher of the run.
     """
@@ -317,6 +347,8 @@ class Stage:
     teacher: str
     start: str | None
     settings: Settings
+    task_training: dict[str, Any] = field(default_factory=dict)
+    head_only: bool = False
     num_positions: int = 0
     is_pruned: bool = False
 
@@ -325,6 +357,7 @@ def parse(
     config: DictConfig,
     teacher_was_chosen: bool = True,
     typed: Container[str] = frozenset(),
+    data: str = "corpus",
 ) -> Settings:
     """The typed settings of one run.
 
@@ -334,15 +367,22 @@ def parse(
             brings its own facts; otherwise they must agree with the chosen teacher's.
         typed: Names of the settings that were given on the command line; a teacher.path does not
             replace those.
+        data: What the stage reads, of which these are the settings.
 
     Raises:
         ExperimentError: A key or value is wrong, missing, or does not fit another one.
     """
     config = config.copy()
     OmegaConf.set_struct(config, False)
-    config.objective.reads_relation_set = "${relation_set." in OmegaConf.to_yaml(
-        [config.objective, config.recipe]
-    )
+    for name in ("notes", "stages", "data"):
+        if name in config:
+            raise ExperimentError(
+                f"there is no setting {name}: it is misspelt, or belongs elsewhere"
+            )
+    given = (config.recipe.get("stages") or {}).values()
+    is_objective_read = not given or any(node.get("objective") is None for node in given)
+    read = [config.recipe, *([config.objective] if is_objective_read else [])]
+    config.objective.reads_relation_set = "${relation_set." in OmegaConf.to_yaml(read)
     config.outputs_dir = os.path.abspath(os.path.expanduser(str(config.outputs_dir)))
     student_facts = _complete_student(config)
     notes = _complete_teacher(config, teacher_was_chosen, typed)
@@ -352,6 +392,7 @@ def parse(
     except OmegaConfBaseException as error:
         raise ExperimentError(_explain(error)) from error
     assert isinstance(settings, Settings)
+    settings.data = data
     settings.notes.extend(notes)
     settings.runtime.teacher_cache = settings.runtime.teacher_cache.lower()  # YAML's true and false
     settings.tasks = parse_tasks(settings.tasks)
@@ -402,7 +443,7 @@ def _parse_stages(config: DictConfig) -> list[Stage]:
             node._set_parent(config)
             given = {
                 group: OmegaConf.to_container(node[group], resolve=True)
-                for group in ("student", "layer_selection", "corpus", "training")
+                for group in ("student", "layer_selection", "corpus", "training", "task_training")
             }
         except OmegaConfBaseException as error:
             raise ExperimentError(f"{where}: {_explain(error)}") from error
@@ -418,6 +459,8 @@ def _parse_stages(config: DictConfig) -> list[Stage]:
                 f"{where}.student={given['student']}: the stage goes on with the student of"
                 f" {node.start}, which has its shape; leave out student or start"
             )
+        _check_reads(where, node, given, stages)
+        changes_of_task: Any = given.pop("task_training")
         own = config.copy()
         own.recipe.name, own.recipe.stages = "task_agnostic", {}
         for group, changes in given.items():
@@ -429,13 +472,83 @@ def _parse_stages(config: DictConfig) -> list[Stage]:
         if node.start is not None:
             _continue(own, stages[node.start].settings.student)
         try:
-            settings = parse(own)
-            stage = Stage(name, node.teacher, node.start, settings)
+            settings = parse(own, data=node.data)
+            stage = Stage(
+                name, node.teacher, node.start, settings, changes_of_task, bool(node.head_only)
+            )
             _carry_facts(stage, stages)
+            _check_head(stage, stages)
         except ExperimentError as error:
             raise ExperimentError(f"{where}: {error}") from error
         stages[name] = stage
+    last = next(reversed(stages.values()), None)
+    if last is not None and last.settings.data == "task":
+        if not trains_head(last.settings.objective.terms):
+            raise ExperimentError(
+                f"recipe.stages.{last.name}: the last stage on a task is scored as it is, and"
+                f" objective={last.settings.objective.name} does not train the head: add a term"
+                " logits or labels, or a stage after it"
+            )
     return list(stages.values())
+
+
+def _check_reads(
+    where: str, node: DictConfig, given: dict[str, Any], earlier: dict[str, Stage]
+) -> None:
+    """Whether a stage's settings are of use with the data that it reads."""
+    if node.data not in ("corpus", "task"):
+        raise ExperimentError(f"{where}.data={node.data} is not corpus or task")
+    on_task = node.data == "task"
+    for key in ("corpus", "training") if on_task else ("task_training",):
+        if given[key]:
+            raise ExperimentError(
+                f"{where}.{key}={given[key]} makes no difference with data={node.data}:"
+                f" set {'task_training' if on_task else 'training'} instead"
+            )
+    if node.head_only and not on_task:
+        raise ExperimentError(f"{where}.head_only=true needs data=task")
+    before = [stage.name for stage in earlier.values() if stage.settings.data == "task"]
+    if before and not on_task:
+        raise ExperimentError(
+            f"{where}: a stage on the corpus comes before those on a task ({', '.join(before)})"
+        )
+
+
+def _check_head(stage: Stage, earlier: dict[str, Stage]) -> None:
+    """Whether both models have the head that the objective asks for."""
+    settings = stage.settings
+    needs_head = trains_head(settings.objective.terms)
+    if settings.data == "corpus":
+        if needs_head and stage.teacher != "teacher":
+            raise ExperimentError(
+                f"objective={settings.objective.name} needs a teacher with a head of masked"
+                f" language modelling, which the student of stage {stage.teacher} has not"
+            )
+        return
+    fixed = [name for name, task in settings.tasks.items() if task.kind == "similarity"]
+    if not settings.tasks or fixed:
+        named = f"task={fixed[0]} trains nothing" if fixed else "there is no task"
+        raise ExperimentError(f"data=task needs tasks to learn, but {named}: set task=NAME")
+    if stage.start is None and settings.student.vocabulary != "full":
+        raise ExperimentError(
+            f"student.vocabulary={settings.student.vocabulary}: the corpus says what stays, and"
+            " this stage reads a task; give a stage on the corpus as its start"
+        )
+    others = [
+        name
+        for name, term in settings.objective.terms.items()
+        if not isinstance(term, (LogitTerm, LabelTerm))
+    ]
+    if stage.head_only and others:
+        raise ExperimentError(
+            f"head_only=true: the objective's terms {', '.join(others)} do not reach the head;"
+            " leave them out"
+        )
+    unknown = [name for name in stage.task_training if name not in _TASK_SETTINGS]
+    if unknown:
+        raise ExperimentError(
+            f"task_training.{unknown[0]}: a stage can change {', '.join(sorted(_TASK_SETTINGS))}"
+        )
 
 
 def _carry_facts(stage: Stage, earlier: dict[str, Stage]) -> None:
@@ -454,6 +567,8 @@ def _carry_facts(stage: Stage, earlier: dict[str, Stage]) -> None:
         stage.is_pruned = settings.student.vocabulary == "prune_to_corpus"
     if stage.teacher != "teacher":
         stage.is_pruned = stage.is_pruned or earlier[stage.teacher].is_pruned
+    if settings.data == "task":
+        return
     longest = max_tokens(settings.teacher.model_type, stage.num_positions)
     if settings.corpus.block_length > longest:
         raise ExperimentError(
@@ -648,7 +763,7 @@ def _check_student(settings: Settings, facts: dict[str, Any] | None) -> None:
             f" {teacher.vocab_size}: relations need the same tokens on both sides; choose a student"
             " or teacher with the same tokenizer"
         )
-    if is_pruned and settings.corpus.pretokenized:
+    if is_pruned and settings.corpus.pretokenized and settings.data == "corpus":
         raise ExperimentError(_NO_TOKEN_IDS)
     if facts["model_type"] != teacher.model_type:
         raise ExperimentError(
@@ -656,7 +771,8 @@ def _check_student(settings: Settings, facts: dict[str, Any] | None) -> None:
             f" {teacher.model_type}; a student has its teacher's architecture"
         )
     longest = settings.corpus.block_length
-    if max_tokens(facts["model_type"], facts["max_position_embeddings"]) < longest:
+    most = max_tokens(facts["model_type"], facts["max_position_embeddings"])
+    if settings.data == "corpus" and most < longest:
         raise ExperimentError(
             f"the student of {source} has {facts['max_position_embeddings']} positions, too few"
             f" for {longest} tokens; lower corpus.block_length"
@@ -785,6 +901,10 @@ def _check_baseline(baseline: Baseline) -> None:
 _WITHOUT_STAGES = ("task_agnostic", "finetune", "prepare_corpus")
 
 _RELATION_SETTINGS = ("pairs", "num_relation_heads")
+_TASK_SETTINGS = {setting.name for setting in fields(TaskSettings)} - {
+    "max_train_examples",
+    "max_validation_examples",
+}
 
 _POSITIVE = {
     "training": [
@@ -989,5 +1109,5 @@ def flatten(settings: Settings) -> dict[str, Any]:
 def as_dict(settings: Settings) -> dict[str, Any]:
     """The settings as plain nested data."""
     plain = asdict(replace(settings, stages=[]))
-    del plain["notes"], plain["stages"]
+    del plain["notes"], plain["stages"], plain["data"]
     return plain

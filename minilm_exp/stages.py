@@ -1,4 +1,4 @@
-"""The stages of a recipe: each distils one model into another, on unlabelled text."""
+"""The stages of a recipe that read the corpus: each distils one model into another."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from minilm_exp.corpus import PreparedCorpus, prepare_corpus
 from minilm_exp.distil import distil
 from minilm_exp.errors import ExperimentError
 from minilm_exp.export import save_student
+from minilm_exp.heads import add_masked_lm_head, load_masked_lm, take_from_under_head
+from minilm_exp.masking import Masker
+from minilm_exp.objective_settings import trains_head
 from minilm_exp.objectives import Objective, build_objective
 from minilm_exp.plots import loss_curves
 from minilm_exp.precision import resolve_precision
@@ -45,14 +48,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Distilled:
-    """What the last stage gave.
+    """What the stages on the corpus gave.
 
     Attributes:
-        student: With its last weights.
-        undistilled: The same with its first.
+        student: That of the last stage; before its stages on tasks, where there are any.
+        undistilled: The same with its first weights.
         tokenizer: Of both; the teacher's, or what was cut down of it.
         untrained: Names of the parameters that no stage of this student reached.
         losses: Validation losses of every stage, by its name.
+        models: Encoders and their tokenizers by name: the teacher, the student of each stage, and
+            what stages on tasks that name no start begin with.
     """
 
     student: PreTrainedModel
@@ -60,6 +65,7 @@ class Distilled:
     tokenizer: PreTrainedTokenizerFast
     untrained: list[str]
     losses: dict[str, dict[str, float]]
+    models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerFast]]
 
 
 class Chain:
@@ -105,40 +111,65 @@ class Chain:
         Raises:
             ExperimentError: A stage cannot be run, or its loss is not finite.
         """
-        if not self._is_single:
-            self._rehearse()
+        models = {"teacher": self.teacher}
         losses = {}
-        for stage in self.settings.chain:
-            student, losses[stage.name] = self._run_stage(stage)
-        last = stage.name
-        tokenizer = self._tokenizers[last]
-        save_student(student, self.teacher, tokenizer, self.folder / "student")
-        untrained = sorted(self._untrained[last])
-        return Distilled(student, self._first[last], tokenizer, untrained, losses)
+        for stage in self.settings.corpus_stages:
+            models[stage.name], losses[stage.name] = self._run_stage(stage)
+            last = stage.name
+        for stage in self.settings.task_stages:
+            if stage.start is None:
+                teacher = models.get(stage.teacher, self.teacher)
+                tokenizer = self._tokenizers[stage.name] = self._tokenizer_of(stage)
+                models[stage.name] = self._build(stage, teacher, tokenizer, None)
+                self._first[stage.name] = models[stage.name]
+            last = stage.name if stage.start is None else last
+        student, tokenizer = models[last], self._tokenizers[last]
+        if losses:
+            save_student(student, self.teacher, tokenizer, self.folder / "student")
+        return Distilled(
+            student,
+            self._first[last],
+            tokenizer,
+            sorted(self._untrained.get(last, ())),
+            losses,
+            {name: (model, self._tokenizers[name]) for name, model in models.items()},
+        )
 
-    def _rehearse(self) -> None:
-        """Makes the objective of every stage, for untrained models, before hours go into the first.
+    def check(self) -> dict[str, tuple[PreTrainedModel, PreTrainedTokenizerFast]]:
+        """Makes the objective of every stage on the corpus, before hours go into the first.
+
+        Returns:
+            What `Distilled.models` will have, untrained and with the teacher's tokenizer.
 
         Raises:
             ExperimentError: One of them cannot be made.
         """
         models: dict[str, PreTrainedModel] = {"teacher": self.teacher}
         tokenizer = self._tokenizers["teacher"]
-        for stage in self.settings.stages:
-            for note in stage.settings.notes:
-                _log.info("stage %s: %s", stage.name, note)
-            teacher = models[stage.teacher]
+        for stage in self.settings.chain:
+            settings = stage.settings
+            if self.settings.stages:
+                for note in settings.notes:
+                    _log.info("stage %s: %s", stage.name, note)
+            teacher = models.get(stage.teacher, self.teacher)
             try:
-                if stage.start is not None:
-                    models[stage.name] = models[stage.start]
-                elif stage.settings.student.path is not None:
-                    models[stage.name] = load_checkpoint(stage.settings.student.path)[0]
+                if stage.start is None:
+                    if settings.student.path is not None:
+                        models[stage.name] = load_checkpoint(settings.student.path)[0]
+                    else:
+                        models[stage.name] = self._build(stage, teacher, tokenizer, None)
                 else:
-                    models[stage.name] = self._build(stage, teacher, tokenizer, None)
-                objective = build_objective(stage.settings, teacher, models[stage.name])
-                _check_cache(stage.settings, objective)
+                    models[stage.name] = models[stage.start]
+                if settings.data == "corpus":
+                    with_heads, learner, head = _with_heads(settings, teacher, models[stage.name])
+                    _check_cache(settings, build_objective(settings, with_heads, learner, head))
+                    if head is not None:
+                        Masker(tokenizer, settings.seed)
             except ExperimentError as error:
+                if not self.settings.stages:
+                    raise
                 raise ExperimentError(f"recipe.stages.{stage.name}: {error}") from error
+        return {name: (model, tokenizer) for name, model in models.items()}
 
     def _run_stage(self, stage: Stage) -> tuple[PreTrainedModel, dict[str, float]]:
         settings = stage.settings
@@ -146,8 +177,9 @@ class Chain:
         tokenizer = self._tokenizers[stage.name] = self._tokenizer_of(stage)
         teacher_ids = match_vocabularies(tokenizer, self._tokenizers[stage.teacher])
         student = self._student_of(stage, teacher, tokenizer, teacher_ids)
-        objective = build_objective(settings, teacher, student)
-        self._note_untrained(stage, student, objective)
+        teacher_model, learner, head = _with_heads(settings, teacher, student)
+        objective = build_objective(settings, teacher_model, learner, head)
+        self._note_untrained(stage, student, learner, objective)
         place = self._place(stage.name)
         finished = None if self._is_single else _read(place / "losses.json")
         if finished is not None:
@@ -163,8 +195,8 @@ class Chain:
                 try:
                     finished = distil(
                         settings,
-                        teacher,
-                        student,
+                        teacher_model,
+                        learner,
                         objective,
                         tokenizer,
                         corpus,
@@ -174,7 +206,10 @@ class Chain:
                         caches,
                         place / "profile" if settings.profile else None,
                         teacher_ids,
+                        None if head is None else Masker(tokenizer, settings.seed),
                     )
+                    if head is not None:
+                        take_from_under_head(student, learner)
                 finally:
                     if caches is not None:
                         caches.close()
@@ -212,7 +247,7 @@ class Chain:
         _check_cache(stage.settings, objective)
         layer = _cached_layer(objective)
         if layer is None:
-            reason = "off: the objective needs more than one layer's states"
+            reason = "off: the objective needs more than query, key and value of one layer"
             tracker.set_tags({"teacher_cache": reason})
             return None
         grid = self.grid if stage.teacher == "teacher" else (1, 1)
@@ -301,12 +336,25 @@ class Chain:
             teacher_ids,
         )
 
-    def _note_untrained(self, stage: Stage, student: PreTrainedModel, objective: Objective) -> None:
-        tap = StateTap(student, objective.student_states)
+    def _note_untrained(
+        self,
+        stage: Stage,
+        student: PreTrainedModel,
+        learner: PreTrainedModel,
+        objective: Objective,
+    ) -> None:
+        """`learner` is the student, or has it under its head."""
+        tap = StateTap(learner, objective.student_states)
         try:
             untrained = set(untrained_parameters(tap))
         finally:
             tap.close()
+        if learner is not student:
+            prefix = f"{learner.base_model_prefix}."
+            trained = {name for name, _ in learner.named_parameters()} - untrained
+            untrained = {
+                name for name, _ in student.named_parameters() if f"{prefix}{name}" not in trained
+            }
         if stage.start is not None:
             untrained &= self._untrained[stage.start]
         self._untrained[stage.name] = untrained
@@ -315,11 +363,7 @@ class Chain:
         """The stage's run, gone on with where the stage was interrupted."""
         if self._is_single:
             return self.tracker
-        place.mkdir(parents=True, exist_ok=True)
-        file = place / "run_id"
-        left = file.read_text("utf-8") if file.is_file() and self.settings.resume else None
-        tracker = self.tracker.child(f"stage {stage.name}", {"stage": stage.name}, left)
-        file.write_text(tracker.run_id, encoding="utf-8")
+        tracker = self.tracker.child(f"stage {stage.name}", {"stage": stage.name}, place / "run_id")
         settings = stage.settings
         tracker.log_params(
             {
@@ -407,8 +451,24 @@ def _check_cache(settings: Settings, objective: Objective) -> None:
         )
 
 
+def _with_heads(
+    settings: Settings, teacher: PreTrainedModel, student: PreTrainedModel
+) -> tuple[PreTrainedModel, PreTrainedModel, str | None]:
+    """Both with heads of masked language modelling, and its name, where the objective needs it."""
+    if not trains_head(settings.objective.terms):
+        return teacher, student, None
+    model = load_masked_lm(settings.teacher, teacher)
+    of_teacher = settings.student.init == "teacher_layers"
+    return model, add_masked_lm_head(student, model, settings.seed, of_teacher), "masked_lm"
+
+
 def _cached_layer(objective: Objective) -> int | None:
-    """The one teacher layer whose query, key and value are all that is needed, or None."""
+    """The one teacher layer whose query, key and value are all that is needed, or None.
+
+    With labels the teacher reads masked tokens, other ones each time.
+    """
+    if objective.reads_labels:
+        return None
     layers = {state.layer for state in objective.teacher_states}
     is_qkv = all(state.name in QKV for state in objective.teacher_states)
     return layers.pop() if is_qkv and len(layers) == 1 else None

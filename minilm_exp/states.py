@@ -28,6 +28,10 @@ ATTENTION_NAME = "minilm_exp_tap"
 QKV = ("query", "key", "value")
 # What a whole encoder returns, after a last norm where it has one.
 OUTPUT = "last_hidden_state"
+# What a head returns.
+LOGITS = "logits"
+SPAN_LOGITS = ("start_logits", "end_logits")
+HEAD_STATES = (LOGITS, *SPAN_LOGITS)
 
 
 class State(NamedTuple):
@@ -35,7 +39,8 @@ class State(NamedTuple):
 
     Attributes:
         name: `query`, `key` or `value` of a layer; `hidden`, the output of a layer, of layer 0 the
-            embeddings; `OUTPUT`; or the dotted path of a module, whose output it is.
+            embeddings; `OUTPUT`; one of `HEAD_STATES`, where the model has a head; or the dotted
+            path of a module of the encoder, whose output it is.
         layer: Counted from 1 as in the papers; 0 where the name says it all.
     """
 
@@ -49,8 +54,8 @@ class StateTap(nn.Module):
     What lies above the last of them is not computed, so its weights get no gradient.
 
     Args:
-        model: A transformers encoder. Its attention implementation is changed; `close` changes it
-            back.
+        model: A transformers encoder, or one with a head. Its attention implementation is changed;
+            `close` changes it back.
         wanted: The states.
 
     Raises:
@@ -62,7 +67,7 @@ class StateTap(nn.Module):
         self.encoder = model
         self.wanted = frozenset(wanted)
         self._qkv_layers = {layer for name, layer in self.wanted if name in QKV}
-        self._reads_output = State(OUTPUT) in self.wanted
+        self._reads_head = any(state.name in HEAD_STATES for state in self.wanted)
         self._states: dict[State, Tensor] = {}
         self._calls = 0
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -80,8 +85,8 @@ class StateTap(nn.Module):
         _active_taps.append(self)
         try:
             output = self.encoder(**inputs)
-            if self._reads_output:
-                self._states[State(OUTPUT)] = output.last_hidden_state
+            if self._reads_head:
+                self.take({State(name): output[name] for name in HEAD_STATES if name in output})
         except _AllReached:
             pass
         finally:
@@ -101,7 +106,7 @@ class StateTap(nn.Module):
     def take(self, states: dict[State, Tensor]) -> None:
         """Keeps what is wanted of these, and leaves the forward pass after the last."""
         self._states |= {state: tensor for state, tensor in states.items() if state in self.wanted}
-        if not self._reads_output and len(self._states) == len(self.wanted):
+        if len(self._states) == len(self.wanted):
             raise _AllReached
 
     def count_call(self) -> int:
@@ -134,8 +139,10 @@ class StateTap(nn.Module):
         for state in self.wanted:
             if state.name == "hidden":
                 self._hook_layer(state)
-            elif state.name not in (*QKV, OUTPUT):
-                self._hook(_module(self.encoder, state.name), state)
+            elif state.name == OUTPUT:
+                self._hook(self.encoder.base_model, state)
+            elif state.name not in (*QKV, *HEAD_STATES):
+                self._hook(_module(self.encoder.base_model, state.name), state)
 
     def _hook_projections(self, layer: int, read_states: Callable) -> None:
         attention = [
@@ -213,7 +220,7 @@ def layers_of(encoder: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def _module(model: PreTrainedModel, path: str) -> nn.Module:
+def _module(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
     except AttributeError as error:

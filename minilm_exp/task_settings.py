@@ -181,6 +181,8 @@ class TaskTraining:
         search: none, or grid: every cell of the grid is trained and the best one reported.
         num_seeds: Fine-tunings of each model on each task, with seeds of their own.
         test: Scores the test splits too, with the checkpoint that the validation split chose.
+        checkpoint_steps: Steps after which an interrupted fine-tuning can go on; it can after each
+            epoch too.
         overrides: The other attributes; a value replaces that of every family.
     """
 
@@ -189,6 +191,7 @@ class TaskTraining:
     search: str = "none"
     num_seeds: int = 1
     test: bool = False
+    checkpoint_steps: int = 500
     epochs: Optional[int] = None
     batch_size: Optional[int] = None
     learning_rate: Optional[float] = None
@@ -282,6 +285,7 @@ def check_tasks(tasks: dict[str, AnyTask], training: TaskTraining, max_tokens: i
     if training.search not in ("none", "grid"):
         raise ExperimentError(f"task_training.search={training.search} is not none or grid")
     _check_positive("task_training.num_seeds", training.num_seeds)
+    _check_positive("task_training.checkpoint_steps", training.checkpoint_steps)
     _check_values("task_training", training)
     for family_name, family in training.families.items():
         where = f"task_training.families.{family_name}"

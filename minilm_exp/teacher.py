@@ -37,8 +37,8 @@ def load_encoder(teacher: Teacher) -> PreTrainedModel:
     if teacher.weights == "random":
         encoder = random_encoder(teacher, teacher.initializer_range)
     else:
-        source, revision = _source(teacher)
-        with _told_simply(source):
+        source, revision = source_of(teacher)
+        with told_simply(source):
             config = AutoConfig.from_pretrained(source, revision=revision)
             _compare(teacher, config, str(source))
             encoder = load_whole_encoder(source, config, revision)
@@ -85,7 +85,7 @@ def load_tokenizer(teacher: Teacher) -> PreTrainedTokenizerFast:
         source: Path | str = package_folder(_TOKENIZER_PACKAGE)
         revision = None
     else:
-        source, revision = _source(teacher)
+        source, revision = source_of(teacher)
     if (
         isinstance(source, Path)
         and not any(
@@ -96,7 +96,7 @@ def load_tokenizer(teacher: Teacher) -> PreTrainedTokenizerFast:
         raise ExperimentError(
             f"teacher.path: {source} has no tokenizer (tokenizer.json); put the model's own there"
         )
-    with _told_simply(source):
+    with told_simply(source):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ExperimentError(
@@ -115,7 +115,7 @@ def fingerprint_teacher(teacher: Teacher) -> str:
     if teacher.weights == "random":
         facts = {name: value for name, value in vars(teacher).items() if name not in _NAMES}
         return fingerprint_text(f"random {sorted(facts.items())}")
-    source, revision = _source(teacher)
+    source, revision = source_of(teacher)
     if isinstance(source, Path):
         return fingerprint_model(source)
     return f"{source}@{revision}"
@@ -125,7 +125,7 @@ _NAMES = ("name", "hub_id", "revision", "package", "path")
 
 
 @contextlib.contextmanager
-def _told_simply(source: Path | str) -> Iterator[None]:
+def told_simply(source: Path | str) -> Iterator[None]:
     """Turns what a loader raises, and files can be wrong in as many ways, into one short word."""
     try:
         yield
@@ -139,7 +139,7 @@ def _told_simply(source: Path | str) -> Iterator[None]:
         raise ExperimentError(no_model(source)) from error
 
 
-def _source(teacher: Teacher) -> tuple[Path | str, str | None]:
+def source_of(teacher: Teacher) -> tuple[Path | str, str | None]:
     """A folder, or a hub id with its commit."""
     if teacher.path is not None:
         folder = Path(teacher.path).expanduser()

@@ -56,8 +56,13 @@ class Tracker:
         metrics = self._client.get_metric_history(self.run_id, name)
         return sorted((metric.step, metric.value) for metric in metrics)
 
-    def child(self, name: str, tags: dict[str, str], run_id: str | None = None) -> Tracker:
-        """Starts a run that is a part of this one, or goes on with the part of the given id."""
+    def child(self, name: str, tags: dict[str, str], file: Path | None = None) -> Tracker:
+        """Starts a run that is a part of this one.
+
+        With a file, its id is kept there; where the file is there already, from before an
+        interruption, that run goes on instead.
+        """
+        run_id = file.read_text("utf-8") if file is not None and file.is_file() else None
         if run_id is not None and _exists(self._client, run_id):
             self._client.update_run(run_id, status="RUNNING")
             return Tracker(self._client, run_id, resumed=True)
@@ -66,6 +71,9 @@ class Tracker:
         run = self._client.create_run(experiment_id, run_name=name, tags=parent)
         child = Tracker(self._client, run.info.run_id, resumed=False)
         child.set_tags(tags)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(child.run_id, encoding="utf-8")
         return child
 
     def _last_step(self, name: str) -> int:

@@ -127,7 +127,7 @@ class Stand:
         self.scores = lambda job: {"accuracy": 0.5}
         self.answers = lambda part, examples: [0] * len(examples)
 
-    def __call__(self, encoder, tokenizer, job, title, log_metrics, keep_in=None):
+    def __call__(self, encoder, tokenizer, job, title, log_metrics, keep_in=None, checkpoints=None):
         self.jobs.append(job)
         log_metrics({"loss": 1.5}, 10)
         metrics = self.scores(job)
@@ -672,7 +672,7 @@ def test_interrupted_run_goes_on_where_it_was(scoring, client, children, model, 
     resumed.score(NAME, make_data(), "student", model)
     assert [job.seed for job in stand.jobs] == [1001, 2001]
     statuses = [child.info.status for child in children(first.tracker.run_id)]
-    assert sorted(statuses) == ["FINISHED"] * 3 + ["KILLED"]
+    assert statuses == ["FINISHED"] * 3
 
 
 def test_run_that_takes_a_result_takes_it_once(scoring, children, model, stand):
@@ -801,7 +801,22 @@ def test_model_of_a_taken_result_is_trained_again(scoring, children, model, stan
     second.score(NAME, make_data(), "student", model)
     assert stand.trained == ["rate 0.001 epochs 2 seed 1001"]
     assert kept_models(second) == {f"{NAME}-student/model": "rate 0.001 epochs 2 seed 1001"}
-    assert len(children(second.tracker.run_id)) == 2
+    names = sorted(child.info.run_name for child in children(second.tracker.run_id))
+    assert len(names) == 3 and [name for name in names if "trained again" in name] == names[-1:]
+
+
+def test_model_of_a_taken_result_is_copied(scoring, model, stand):
+    """Hours of fine-tuning a teacher again that lies beside, for every student of a sweep."""
+    values = {1: 0.5, 1001: 0.75}
+    stand.scores = lambda job: {"accuracy": values[job.seed]}
+    first = scoring(folder="first", num_seeds=2, keep_models=True)
+    first.score(NAME, make_data(), "student", model)
+    stand.jobs.clear()
+    second = scoring(folder="second", num_seeds=2, keep_models=True)
+    second.score(NAME, make_data(), "student", model)
+    assert not stand.jobs
+    assert kept_models(second) == kept_models(first)
+    assert kept_models(second) == {f"{NAME}-student/model": "rate 0.001 epochs 2 seed 1001"}
 
 
 def test_half_written_model_is_not_taken_for_the_best(scoring, model, stand):

@@ -10,14 +10,9 @@ from transformers import AutoConfig, AutoModel
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.objective_settings import LAYERS, layer_pairs
-from minilm_exp.objectives import (
-    AttentionScores,
-    Objective,
-    Relations,
-    StateDistance,
-    build_objective,
-)
+from minilm_exp.objectives import Objective, build_objective
 from minilm_exp.states import State, StateTap
+from minilm_exp.terms import AttentionScores, Relations, StateDistance
 
 NUM_HEADS = 4
 HIDDEN = [(State("hidden", 4), State("hidden", 2)), (State("hidden", 0), State("hidden", 0))]

@@ -36,12 +36,13 @@ from minilm_exp import pipeline, stages, teacher_cache
 from minilm_exp.corpus import Blocks, PreparedCorpus
 from minilm_exp.distil import Distiller, distil
 from minilm_exp.errors import ExperimentError
-from minilm_exp.objectives import Objective, Relations, build_objective
+from minilm_exp.objectives import Objective, build_objective
 from minilm_exp.pipeline import run_experiment
 from minilm_exp.precision import teacher_dtype
 from minilm_exp.provenance import run_key
 from minilm_exp.states import State, StateTap
 from minilm_exp.teacher_cache import Plan, TeacherCache, TeacherCaches, plan_teacher_cache
+from minilm_exp.terms import Relations
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STATES = ["query", "key", "value"]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-import functools
+import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -31,8 +32,14 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from minilm_exp.attention import use_training_attention
+from minilm_exp.distil import Distiller, MarkWhole, last_whole_checkpoint
 from minilm_exp.errors import ExperimentError
-from minilm_exp.settings import Runtime
+from minilm_exp.head_terms import label_loss
+from minilm_exp.heads import compute_heads_in_float32, head_parameters, put_under_head
+from minilm_exp.objective_settings import trains_head
+from minilm_exp.objectives import Objective, build_objective
+from minilm_exp.settings import Runtime, Settings
+from minilm_exp.states import HEAD_STATES, State
 from minilm_exp.student import set_dropout
 from minilm_exp.task_settings import AnyTask, Task, TaskSettings
 from minilm_exp.tasks.encode import encode
@@ -42,6 +49,9 @@ from minilm_exp.tasks.spans import Answer, best_answers
 
 # Tokens, padding included, that are evaluated at once.
 _EVALUATION_TOKENS = 2**13
+
+# In a checkpoint: the best epoch until then.
+_BEST_WEIGHTS, _BEST = "best.safetensors", "best.json"
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,17 @@ class Scored:
     best_epoch: int
     predictions: dict[str, list[Any]]
 
+    @classmethod
+    def of(cls, stored: dict[str, Any], kind: str) -> Scored:
+        """What `asdict` made of it, and JSON."""
+        predictions = stored["predictions"]
+        if kind == "spans":
+            predictions = {
+                part: [Answer(**answer) for answer in answers]
+                for part, answers in predictions.items()
+            }
+        return cls(stored["metrics"], stored["epochs"], stored["best_epoch"], predictions)
+
 
 @dataclass(frozen=True)
 class Finetuning:
@@ -75,6 +96,7 @@ class Finetuning:
         precision: fp32 or bf16.
         runtime: Where it is computed.
         cache: Folder of encoded examples.
+        checkpoint_steps: Steps between checkpoints, where there is a folder for them.
     """
 
     name: str
@@ -85,6 +107,30 @@ class Finetuning:
     precision: str
     runtime: Runtime
     cache: Path
+    checkpoint_steps: int = 500
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A teacher beside a model that is fine-tuned.
+
+    Attributes:
+        teacher: With a head for the task, frozen and in evaluation mode.
+        settings: Their objective is minimised, and their layer selection counts.
+        head_only: Whether the encoder keeps its weights; it is then in evaluation mode and computed
+            without gradients.
+        teacher_ids: The teacher's id of each token of the student, where those differ.
+    """
+
+    teacher: PreTrainedModel
+    settings: Settings
+    head_only: bool = False
+    teacher_ids: Tensor | None = None
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether what the model predicts means anything afterwards."""
+        return trains_head(self.settings.objective.terms)
 
 
 def finetune(
@@ -94,70 +140,65 @@ def finetune(
     title: str,
     log_metrics: Callable[[dict[str, float], int], None],
     keep_in: Path | None = None,
+    guide: Guide | None = None,
+    checkpoints: Path | None = None,
 ) -> Scored:
     """Trains a copy of the encoder with a new head; keeps the epoch that validates best.
 
     The encoder itself is not changed. The head and the order of the examples depend on the seed
     alone, so encoders of one architecture are treated alike. Batches hold examples of like length.
-    Of two epochs that validate alike the earlier one is kept.
+    Of two epochs that validate alike the earlier one is kept; where a guide's objective does not
+    train the head, the last, without metrics.
 
     Args:
-        encoder: Any encoder without a task head.
+        encoder: Any encoder without a task head; or with the task's head, which learns on.
         tokenizer: Its tokenizer.
         job: The rest.
         title: Shown by the progress bar.
         log_metrics: Called with `loss` or validation metrics, and the step they belong to.
         keep_in: Folder for the fine-tuned model, or None.
+        guide: What is minimised instead of the loss on the labels.
+        checkpoints: Folder for checkpoints; the last whole one that lies there is gone on from.
 
     Raises:
         ExperimentError: The training loss is not finite, or a metric is not defined.
     """
     settings, data = job.settings, job.data
-    kind = job.task.kind
-    model = _with_head(encoder, job)
+    model = with_head(encoder, job)
     train = encode(
         data.train.at_most(settings.max_train_examples),
-        kind, True, tokenizer, settings, job.cache,
+        job.task.kind, True, tokenizer, settings, job.cache,
     )  # fmt: skip
     if not len(train):
         raise ExperimentError(f"none of the training examples of {job.name} can be learnt from")
     validation = _parts(job, data.validation, tokenizer)
-    microbatch = math.gcd(settings.batch_size, job.runtime.microbatch_size or settings.batch_size)
-    on_cpu = job.runtime.device == "cpu"
-    with tempfile.TemporaryDirectory() as folder:
-        best = _BestEpoch(job, model, tokenizer, validation, title, log_metrics)
+    best = _BestEpoch(job, model, tokenizer, validation, title, log_metrics)
+    best.scores = guide is None or guide.trains_head
+    distiller = None if guide is None else _guided(model, guide, job)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = checkpoints or Path(temporary)
         trainer = _Trainer(
-            model=model,
-            args=TrainingArguments(
-                output_dir=folder,
-                num_train_epochs=settings.epochs,
-                per_device_train_batch_size=microbatch,
-                gradient_accumulation_steps=settings.batch_size // microbatch,
-                learning_rate=settings.learning_rate,
-                lr_scheduler_type="linear",
-                warmup_steps=settings.warmup_ratio,
-                weight_decay=settings.weight_decay,
-                bf16=job.precision == "bf16",
-                use_cpu=on_cpu,
-                dataloader_pin_memory=not on_cpu,
-                dataloader_num_workers=job.runtime.num_workers,
-                seed=job.seed,
-                data_seed=job.seed,
-                logging_steps=10,
-                logging_nan_inf_filter=False,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-            ),
-            data_collator=DataCollatorWithPadding(tokenizer),
+            kind=job.task.kind,
+            log_metrics=log_metrics,
+            model=model if distiller is None else distiller,
+            args=_training_arguments(job, folder, checkpoints is not None),
+            data_collator=Collator(tokenizer, train.column_names),
             train_dataset=train,
-            callbacks=[best],
+            callbacks=[best, MarkWhole()],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    model.load_state_dict(best.weights)
+        start = last_whole_checkpoint(folder)
+        if start is not None:
+            best.load(start)
+        try:
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
+        finally:
+            if distiller is not None:
+                distiller.close()
+    if best.weights:
+        model.load_state_dict(best.weights)
     metrics, predictions = dict(best.metrics), dict(best.predictions)
-    if data.test:
+    if data.test and best.scores:
         scores, found = _evaluate(job, model, tokenizer, _parts(job, data.test, tokenizer), title)
         metrics |= {f"test_{name}": value for name, value in scores.items()}
         predictions |= {part_name("test", part): values for part, values in found.items()}
@@ -167,7 +208,68 @@ def finetune(
     return Scored(metrics, best.epochs, best.best_epoch, predictions)
 
 
-def _with_head(encoder: PreTrainedModel, job: Finetuning) -> PreTrainedModel:
+def _training_arguments(job: Finetuning, folder: Path, saves: bool) -> TrainingArguments:
+    settings = job.settings
+    microbatch = math.gcd(settings.batch_size, job.runtime.microbatch_size or settings.batch_size)
+    on_cpu = job.runtime.device == "cpu"
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=microbatch,
+        gradient_accumulation_steps=settings.batch_size // microbatch,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=settings.warmup_ratio,
+        weight_decay=settings.weight_decay,
+        bf16=job.precision == "bf16",
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        dataloader_num_workers=job.runtime.num_workers,
+        seed=job.seed,
+        data_seed=job.seed,
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if saves else "no",
+        save_steps=job.checkpoint_steps,
+        save_total_limit=2,
+        remove_unused_columns=False,
+        label_names=[],
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _guided(model: PreTrainedModel, guide: Guide, job: Finetuning) -> Distiller:
+    """Model and teacher side by side, with what must not learn fixed."""
+    objective = build_guide_objective(model, guide, job)
+    if guide.head_only:
+        head = head_parameters(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in head)
+        encoder = model.base_model.eval()
+        # Each step switches the whole model back.
+        vars(encoder)["train"] = lambda mode=True: encoder
+    nn.Module.to(guide.teacher, job.runtime.device)
+    compute_heads_in_float32(guide.teacher)
+    return Distiller(guide.teacher, model, objective, teacher_ids=guide.teacher_ids)
+
+
+def build_guide_objective(model: PreTrainedModel, guide: Guide, job: Finetuning) -> Objective:
+    """The guide's objective for a model with a head.
+
+    Raises:
+        ExperimentError: A term needs what a model lacks, or sizes do not fit.
+    """
+    settings = replace(guide.settings, seed=job.seed)
+    return build_objective(settings, guide.teacher, model, job.task.kind)
+
+
+def with_head(encoder: PreTrainedModel, job: Finetuning) -> PreTrainedModel:
+    """A copy under a head for the task, drawn from the seed; with its own, if it has that already.
+
+    Raises:
+        ExperimentError: The architecture has no such head.
+    """
     settings, data, kind = job.settings, job.data, job.task.kind
     set_seed(job.seed)
     config = copy.deepcopy(encoder.config)
@@ -188,30 +290,22 @@ def _with_head(encoder: PreTrainedModel, job: Finetuning) -> PreTrainedModel:
             f"transformers has no {kind} head for {config.model_type}: leave {job.name} out of task"
         ) from error
     use_training_attention(model)
-    _compute_heads_in_float32(model)
-    loaded = model.base_model.load_state_dict(encoder.state_dict(), strict=False)
-    # Some architectures classify without the encoder's pooler, or with one of their own.
-    unmatched = [
-        key for key in (*loaded.missing_keys, *loaded.unexpected_keys) if "pooler" not in key
-    ]
-    if unmatched:
-        raise ExperimentError(
-            f"{config.model_type} has another encoder under its {kind} head than the one that is"
-            f" fine-tuned ({unmatched[0]}): leave {job.name} out of task"
-        )
+    compute_heads_in_float32(model)
+    if encoder.base_model is not encoder:
+        model.load_state_dict(encoder.state_dict())
+        return model
+    try:
+        put_under_head(model, encoder, kind)
+    except ExperimentError as error:
+        raise ExperimentError(f"{error}: leave {job.name} out of task") from error
     return model
 
 
-def _compute_heads_in_float32(model: PreTrainedModel) -> None:
-    """In bf16 a score between 0 and 5 would be a multiple of 1/64, and spans would tie."""
-    for name, module in model.named_children():
-        if name != model.base_model_prefix:
-            module.forward = functools.partial(_in_float32, module.forward)
-
-
-def _in_float32(forward: Callable[..., Any], states: Tensor, *more: Any, **named: Any) -> Any:
-    with torch.autocast(states.device.type, enabled=False):
-        return forward(states.float(), *more, **named)
+def load_finetuned(folder: Path, kind: str) -> PreTrainedModel:
+    """A fine-tuned model as `finetune` saved it, with its head."""
+    auto = AutoModelForQuestionAnswering if kind == "spans" else AutoModelForSequenceClassification
+    model: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32)
+    return model
 
 
 @dataclass(frozen=True)
@@ -333,49 +427,94 @@ def batches_of_like_length(lengths: list[int]) -> Iterator[list[int]]:
         yield batch
 
 
+class Collator:
+    """Pads what the model reads; labels become one tensor, of spans (windows, 2)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, columns: list[str]) -> None:
+        self._pad = DataCollatorWithPadding(tokenizer)
+        self._names = [name for name in tokenizer.model_input_names if name in columns]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = self._pad([{name: row[name] for name in self._names} for row in rows])
+        labels = [
+            row["labels"] if "labels" in row else [row["start_positions"], row["end_positions"]]
+            for row in rows
+        ]
+        return {**batch, "labels": torch.tensor(labels)}
+
+
 class _Trainer(Trainer):
     """The library's training loop; of micro-batches each counts by its number of examples.
 
     Transformers 5.23 adds up the mean losses of the micro-batches of a step.
     """
 
+    def __init__(
+        self,
+        kind: str,
+        log_metrics: Callable[[dict[str, float], int], None],
+        **arguments: Any,
+    ) -> None:
+        super().__init__(**arguments)
+        self._kind, self._log_metrics = kind, log_metrics
+        self._sums: Tensor | None = None
+        self._num_steps = 0
+
     def get_batch_samples(self, *given: Any, **named: Any) -> Any:
         batches, _ = super().get_batch_samples(*given, **named)
-        num_examples = sum(len(batch["input_ids"]) for batch in batches)
-        self._weight = len(batches) / max(1, num_examples)
+        self._num_batches = len(batches)
+        self._num_examples = max(1, sum(len(batch["input_ids"]) for batch in batches))
+        self._num_steps += 1
         return batches, None
 
     def compute_loss(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
-        if "start_positions" in inputs:
-            loss: Any = _span_loss(model, inputs)
-        else:
-            loss = super().compute_loss(model, inputs, *given, **named)
+        share = len(inputs["input_ids"]) / self._num_examples
         # The library divides by the number of micro-batches.
-        return loss * (self._weight * len(inputs["input_ids"]))
+        weight = share * self._num_batches
+        if isinstance(model, Distiller):
+            output = model(**inputs)
+            terms_T = output["terms"] * share
+            self._sums = terms_T if self._sums is None else self._sums + terms_T
+            return output["loss"] * weight
+        labels = inputs.pop("labels")
+        output = model(**inputs)
+        logits = {State(name): output[name] for name in HEAD_STATES if name in output}
+        return label_loss(self._kind, logits, inputs["attention_mask"], labels) * weight
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Also the terms of an objective, each by itself, as means since the last time."""
+        if "loss" in logs and self._sums is not None:
+            means = (self._sums / self._num_steps).tolist()
+            assert isinstance(self.model, Distiller)
+            names = self.model.objective.names
+            self._log_metrics(
+                {f"loss/{name}": mean for name, mean in zip(names, means)}, self.state.global_step
+            )
+            self._sums, self._num_steps = None, 0
+        super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
-        """The library's grouping by length, drawn from the seed alone."""
         assert self.train_dataset is not None
-        return LengthGroupedSampler(
+        return _LikeLength(
             self.args.train_batch_size * self.args.gradient_accumulation_steps,
             lengths=self.train_dataset["length"][:],
-            generator=torch.Generator().manual_seed(self.args.seed),
+            seed=self.args.seed,
         )
 
 
-def _span_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy of start and end over the real tokens.
+class _LikeLength(LengthGroupedSampler):
+    """The library's grouping by length, drawn from the seed alone, also when it resumes."""
 
-    The library's lets an answer begin in the padding, so its loss depends on the batch.
-    """
-    positions = ("start_positions", "end_positions")
-    output = model(**{name: value for name, value in inputs.items() if name not in positions})
-    is_padding = inputs["attention_mask"] == 0
-    losses = [
-        nn.functional.cross_entropy(logits.float().masked_fill(is_padding, -math.inf), inputs[name])
-        for name, logits in zip(positions, (output.start_logits, output.end_logits))
-    ]
-    return torch.stack(losses).mean()
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the training loop; one generator draws all epochs one after the other."""
+        self.generator.manual_seed(self._seed)
+        for _ in range(epoch):
+            list(iter(self))
 
 
 class _BestEpoch(TrainerCallback):
@@ -402,9 +541,16 @@ class _BestEpoch(TrainerCallback):
         self.predictions: dict[str, list[Any]] = {}
         self.weights: dict[str, Tensor] = {}
         self.bar: tqdm[Any] | None = None
+        # False where the head is not trained.
+        self.scores = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(desc=f"fine-tune {self.title}", total=state.max_steps, unit="step")
+        self.bar = tqdm(
+            desc=f"fine-tune {self.title}",
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
@@ -421,6 +567,10 @@ class _BestEpoch(TrainerCallback):
         self.log_metrics({"loss": float(logs["loss"])}, state.global_step)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.save_strategy != "no" and state.global_step < state.max_steps:
+            control.should_save = control.should_log = True
+        if not self.scores:
+            return
         metrics, predictions = _evaluate(
             self.job, self.model, self.tokenizer, self.validation, self.title
         )
@@ -431,6 +581,24 @@ class _BestEpoch(TrainerCallback):
             self.best_epoch = len(self.epochs)
             self.metrics, self.predictions = metrics, predictions
             self.weights = _copy(self.model)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """What is known of the epochs goes with the checkpoint."""
+        if self.weights:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            save_file(self.weights, folder / _BEST_WEIGHTS)
+            known = Scored(self.metrics, self.epochs, self.best_epoch, self.predictions)
+            (folder / _BEST).write_text(json.dumps(asdict(known)), "utf-8")
+
+    def load(self, checkpoint: Path) -> None:
+        """Takes up what was known at a checkpoint."""
+        if (checkpoint / _BEST).is_file():
+            self.weights = load_file(checkpoint / _BEST_WEIGHTS)
+            known = Scored.of(
+                json.loads((checkpoint / _BEST).read_text("utf-8")), self.job.task.kind
+            )
+            self.epochs, self.best_epoch = known.epochs, known.best_epoch
+            self.metrics, self.predictions = known.metrics, known.predictions
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minilm_exp.errors import ExperimentError
-from minilm_exp.objectives import pool
 from minilm_exp.task_settings import Task
 from minilm_exp.tasks.encode import encode
 from minilm_exp.tasks.examples import Examples, part_name
 from minilm_exp.tasks.finetune import Finetuning, Scored, outputs_of
 from minilm_exp.tasks.metrics import combine_parts, score_part
+from minilm_exp.terms import pool
 
 
 def score_similarity(
