@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,7 @@ def distil(
     profiler = None if profile_folder is None else StepProfiler(profile_folder)
     if profiler is not None:
         trainer.add_callback(profiler)
-    start = last_whole_checkpoint(checkpoints) if settings.resume else None
+    start = take_up(checkpoints) if settings.resume else None
     try:
         if settings.runtime.compile:
             distiller.compile_layers()
@@ -277,6 +278,15 @@ class _DistillationTrainer(Trainer):
         batch_size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         num_drawn = len(blocks) // batch_size * batch_size
         return ShuffleSampler(len(blocks), num_drawn, self.args.seed)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Of tied weights a copy, without which the library saves its own models only."""
+        own: dict[str, Tensor] = {}
+        places: set[int] = set()
+        for name, tensor in self._distiller.state_dict().items():
+            own[name] = tensor.clone() if tensor.data_ptr() in places else tensor
+            places.add(tensor.data_ptr())
+        super()._save(output_dir, own)
 
     def training_step(self, *arguments: Any, **named: Any) -> Tensor:
         with record_function(FORWARD_AND_BACKWARD):
@@ -418,13 +428,22 @@ class MarkWhole(TrainerCallback):
         (folder / _WHOLE).write_text(json.dumps(sizes), encoding="utf-8")
 
 
+def take_up(checkpoints: Path) -> Path | None:
+    """The latest whole checkpoint, or None; what was written after it is removed.
+
+    The library deletes the checkpoints with the lowest numbers, so it would delete the next one.
+    """
+    start = last_whole_checkpoint(checkpoints)
+    for folder in _by_step(checkpoints):
+        if folder == start:
+            break
+        shutil.rmtree(folder)
+    return start
+
+
 def last_whole_checkpoint(checkpoints: Path) -> Path | None:
     """The latest checkpoint that was completely written, or None."""
-
-    def step(folder: Path) -> int:
-        return int(folder.name.rsplit("-", 1)[1])
-
-    for folder in sorted(checkpoints.glob("checkpoint-*"), key=step, reverse=True):
+    for folder in _by_step(checkpoints):
         try:
             sizes = json.loads((folder / _WHOLE).read_text(encoding="utf-8"))
             if all((folder / name).stat().st_size == size for name, size in sizes.items()):
@@ -432,6 +451,12 @@ def last_whole_checkpoint(checkpoints: Path) -> Path | None:
         except (OSError, ValueError, AttributeError):
             continue
     return None
+
+
+def _by_step(checkpoints: Path) -> list[Path]:
+    """The latest first."""
+    folders = [*checkpoints.glob("checkpoint-*")]
+    return sorted(folders, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
 
 
 def _training_arguments(settings: Settings, precision: str, checkpoints: Path) -> TrainingArguments:

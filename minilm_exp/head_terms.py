@@ -101,7 +101,7 @@ class SoftLabels(Term):
             .masked_fill(~is_class, 0)
             for side in (teacher, student)
         )
-        target = teacher_log.exp().masked_fill(~is_class, 0)
+        target = teacher_log.exp()
         compared = student_log if self.distance == "ce" else student_log - teacher_log
         return -(self.temperature**2) * (target * compared).sum(-1)
 

@@ -154,7 +154,11 @@ class TaskStages:
             if is_last:
                 child, saved = tracker, keep_in
             else:
-                child = run.child(f"stage {stage.name}: {title}", {"stage": stage.name})
+                child = run.child(
+                    f"stage {stage.name}: {title}",
+                    {"stage": stage.name, "task": job.name, "seed": str(job.seed)},
+                    place / f"{stage.name}.run_id",
+                )
                 saved = place / f"{stage.name}.partial"
             try:
                 child.log_params(_params(stage, own))

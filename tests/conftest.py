@@ -140,3 +140,31 @@ def tiny_teacher_folder(tiny_bert, tiny_tokenizer, tmp_path_factory):
     tiny_bert.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def settings_of(compose_config, tiny_teacher_folder, tmp_path):
+    """Settings of a recipe that a user wrote, on a tiny teacher of 4 layers and 32 dimensions."""
+    from minilm_exp.settings import parse
+
+    text = tmp_path / "text.txt"
+    passages = [f"the model number {i} and the teacher" for i in range(400)]
+    text.write_text("\n\n".join("\n".join(passages[i : i + 4]) for i in range(0, 400, 4)))
+
+    def made(recipe_stages, *overrides, **values):
+        config = compose_config(
+            "experiment=smoke", "teacher=custom", f"teacher.path={tiny_teacher_folder}",
+            "student.hidden_size=32", "student.num_attention_heads=4", "task=none",
+            "relation_set.num_relation_heads=4",
+            "corpus=text_files", f"corpus.files=[{text}]", *overrides,
+        )  # fmt: skip
+        OmegaConf.set_struct(config, False)
+        config.outputs_dir = str(tmp_path / "outputs")
+        if recipe_stages is not None:
+            config.recipe.name = "mine"
+            config.recipe.stages = recipe_stages
+        for name, value in values.items():
+            OmegaConf.update(config, name, value)
+        return parse(config)
+
+    return made

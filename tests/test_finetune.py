@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
@@ -27,13 +28,21 @@ from transformers import (
 )
 
 from minilm_exp.errors import ExperimentError
+from minilm_exp.objective_settings import Objective, parse_terms
 from minilm_exp.provenance import fingerprint_text
 from minilm_exp.settings import parse
 from minilm_exp.task_settings import Task, TaskSettings
 from minilm_exp.tasks import finetune as finetune_module
 from minilm_exp.tasks.encode import encode
 from minilm_exp.tasks.examples import Examples, TaskData
-from minilm_exp.tasks.finetune import Finetuning, finetune, predict
+from minilm_exp.tasks.finetune import (
+    Finetuning,
+    Guide,
+    finetune,
+    load_finetuned,
+    predict,
+    with_head,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_collection")
 
@@ -938,3 +947,201 @@ def test_architecture_without_the_head_is_refused(score):
     encoder = AutoModel.from_config(config)
     with pytest.raises(ExperimentError, match="no spans head for eurobert"):
         score(encoder, make_questions(), task=make_task("spans"))
+
+
+# Beside a teacher
+
+
+SOFT = {"kind": "logits", "distance": "kl", "temperature": 2.0}
+LABELS = {"kind": "labels"}
+STATES = {"kind": "states", "state": "hidden", "layers": "uniform", "transforms": ["first_token"]}
+RELATIONS = {"kind": "relations", "pairs": ["qk", "vv"], "num_relation_heads": 2, "layers": "last"}
+
+
+@pytest.fixture
+def beside(compose_config, make_job, tmp_path):
+    """Fine-tunes beside a teacher; gives the score, what was logged, and the teacher."""
+    settings = parse(compose_config("experiment=smoke", f"outputs_dir={tmp_path}"))
+
+    def learnt(encoder, teacher, data, terms, *, architecture="bert", head_only=False, **job):
+        job = make_job(data, **job)
+        if teacher.base_model is teacher:
+            teacher = with_head(teacher, job).eval().requires_grad_(False)
+        objective = Objective("mine", parse_terms(terms))
+        guide = Guide(teacher, dataclasses.replace(settings, objective=objective), head_only)
+        logged = []
+        result = finetune(
+            encoder,
+            make_tokenizer(architecture),
+            job,
+            "a test",
+            lambda metrics, step: logged.append((step, dict(metrics))),
+            tmp_path / "kept",
+            guide,
+        )
+        return result, logged, teacher
+
+    return learnt
+
+
+def logged_values(logged, name):
+    return [metrics[name] for _, metrics in logged if name in metrics]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_models_predict_alike(beside, architecture, kind):
+    """A teacher that reads other tokens, another mask, or with dropout."""
+    _, logged, _ = beside(
+        make_encoder(architecture),
+        make_encoder(architecture),
+        data_of(kind),
+        {"soft": SOFT, "states": STATES, "relations": RELATIONS},
+        architecture=architecture,
+        task=make_task(kind),
+        hidden_dropout=0.0,
+        learning_rate=1e-12,
+        weight_decay=0.0,
+        epochs=10,
+    )
+    names = ["loss/soft", "loss/states", "loss/relations/query-key", "loss/relations/value-value"]
+    # DistilBERT's heads have a dropout of their own.
+    for name in names[architecture == "distilbert" :]:
+        values = logged_values(logged, name)
+        assert len(values) >= 3 and max(map(abs, values)) < 1e-6
+
+
+def test_teacher_is_in_evaluation_mode(beside):
+    """Soft labels under dropout."""
+    encoder = make_encoder()
+    _, logged, teacher = beside(
+        encoder, encoder, make_data(), {"soft": SOFT}, hidden_dropout=0.5, epochs=4
+    )
+    assert logged_values(logged, "loss/soft")[0] > 1e-4
+    assert not teacher.training
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_alone_are_fine_tuning(beside, score, kind):
+    """A second way to fine-tune that gives something else."""
+    data, more = data_of(kind), {"task": make_task(kind), "epochs": 5}
+    plain, plainly = score(make_encoder(), data, **more)
+    found, logged, _ = beside(make_encoder(), make_encoder(seed=3), data, {"a": LABELS}, **more)
+    assert found.metrics == plain.metrics and found.predictions == plain.predictions
+    assert logged_values(logged, "loss") == logged_values(plainly, "loss")
+
+
+def test_student_learns_the_teachers_predictions(beside, score, tmp_path):
+    """Labels that are read although only the teacher's predictions are asked for."""
+    data = make_data(num_train=96, num_validation=32)
+    job = {"epochs": 8, "learning_rate": 3e-3, "hidden_dropout": 0.0}
+    score(make_encoder(), data, keep_in=tmp_path / "teacher", **job)
+    teacher = load_finetuned(tmp_path / "teacher", "classification").eval().requires_grad_(False)
+    wrong = [dict(row, label=1 - row["label"]) for row in data.train.rows]
+    other = dataclasses.replace(data, train=make_examples(wrong))
+    result, _, _ = beside(make_encoder(seed=4), teacher, other, {"soft": SOFT}, **job)
+    assert result.metrics["accuracy"] > 0.9
+
+
+def test_terms_and_their_weights_are_the_loss(beside):
+    """A weight that is forgotten, or a logged term that is another's."""
+    terms = {"soft": SOFT | {"weight": 0.25}, "labels": LABELS | {"weight": 3.0}}
+    _, logged, _ = beside(make_encoder(), make_encoder(seed=3), make_data(), terms, epochs=4)
+    for loss, soft, labels in zip(
+        *(logged_values(logged, name) for name in ("loss", "loss/soft", "loss/labels")),
+        strict=True,
+    ):
+        assert loss == pytest.approx(0.25 * soft + 3 * labels, rel=1e-4)
+
+
+def test_micro_batches_beside_a_teacher(beside):
+    """Terms of a short micro-batch that count as much as those of a whole one."""
+    losses = []
+    terms = {"soft": SOFT, "states": STATES}
+    for microbatch in (None, 4, 6):
+        _, logged, _ = beside(
+            make_encoder(), make_encoder(seed=3), make_data(num_train=14), terms,
+            microbatch=microbatch, epochs=5, hidden_dropout=0.0,
+        )  # fmt: skip
+        losses.append(
+            [logged_values(logged, name) for name in ("loss", "loss/soft", "loss/states")]
+        )
+    for other in losses[1:]:
+        for found, expected in zip(other, losses[0]):
+            assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_states_alone_have_no_score(beside, tmp_path):
+    """The accuracy of a head that was never trained, by which an epoch is chosen."""
+    result, logged, _ = beside(
+        make_encoder(), make_encoder(seed=3), make_data(), {"states": STATES}, epochs=4
+    )
+    assert (result.metrics, result.epochs, result.predictions) == ({}, [], {})
+    assert not logged_values(logged, "accuracy") and logged_values(logged, "loss/states")
+    assert (tmp_path / "kept" / "model.safetensors").is_file()
+
+
+def test_other_classes_of_the_teacher_are_refused(beside, make_job):
+    """Soft labels of three classes for a student of two."""
+    teacher = with_head(make_encoder(), make_job(make_data(labels=(0, 1, 2))))
+    with pytest.raises(ExperimentError, match=r"terms\.soft.*one of 3, the student one of 2"):
+        beside(make_encoder(), teacher, make_data(), {"soft": SOFT})
+
+
+# Going on after an interruption
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stop", [2, 4, 5])
+def test_stopped_training_goes_on_where_it_was(make_job, kind, stop, tmp_path, monkeypatch):
+    """Epochs in another order, dropout drawn anew, or a best epoch that is forgotten."""
+    data = data_of(kind)
+    # 3 or more steps an epoch, and checkpoints after every second one.
+    job = dataclasses.replace(
+        make_job(data, task=make_task(kind), epochs=3, hidden_dropout=0.3, learning_rate=1e-3),
+        checkpoint_steps=2,
+    )
+
+    def train(checkpoints, keep_in, step_to_stop_at=None):
+        steps = []
+        training_step = finetune_module._Trainer.training_step
+
+        def counted(self, *arguments, **named):
+            if self.state.global_step == step_to_stop_at:
+                raise Killed
+            steps.append(self.state.global_step)
+            return training_step(self, *arguments, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune_module._Trainer, "training_step", counted)
+            result = finetune(
+                make_encoder(), make_tokenizer(), job, "a test", lambda *_: None, keep_in,
+                checkpoints=checkpoints,
+            )  # fmt: skip
+        return result, steps
+
+    whole, _ = train(tmp_path / "whole checkpoints", tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(tmp_path / "checkpoints", tmp_path / "kept", stop)
+    resumed, steps = train(tmp_path / "checkpoints", tmp_path / "kept")
+    assert steps[0] == {2: 2, 4: 4, 5: 4}[stop] or kind == "spans"
+    assert steps[0] > 0
+    assert resumed == whole
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "kept")]
+    assert all(weights[0][name].equal(tensor) for name, tensor in weights[1].items())
+
+
+def test_half_written_checkpoint_is_left_out(make_job, tmp_path):
+    """A checkpoint that a kill cut short, loaded as if it were whole."""
+    job = dataclasses.replace(make_job(epochs=2), checkpoint_steps=1)
+    folder = tmp_path / "checkpoints"
+    arguments = (make_encoder(), make_tokenizer(), job, "a test", lambda *_: None)
+    whole = finetune(*arguments, checkpoints=folder)
+    for checkpoint in folder.glob("checkpoint-*"):
+        (checkpoint / "model.safetensors").write_bytes(b"half")
+    assert finetune(*arguments, checkpoints=folder) == whole

@@ -13,8 +13,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "errors", "redaction", "hub", "teacher_facts", "task_settings", "objective_settings",
     "settings", "precision", "provenance",
-    "relations_block", "relations_triton", "relations", "attention", "states", "terms", "head_terms",
-    "objectives", "teacher", "heads", "student", "masking", "vocabulary",
+    "relations_block", "relations_triton", "relations", "attention", "states", "terms",
+    "head_terms", "objectives", "teacher", "heads", "student", "masking", "vocabulary",
     "documents", "corpus", "shuffle", "teacher_cache", "progress", "profiling", "distil",
     "tasks.examples", "tasks.splits", "tasks.tables", "tasks.data",
     "tasks.next_passage", "tasks.answers", "tasks.spans",

@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from mlflow import MlflowClient
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, BertForMaskedLM, BertModel
 
 from minilm_exp import stages
 from minilm_exp.errors import ExperimentError
+from minilm_exp.heads import add_masked_lm_head, load_masked_lm
 from minilm_exp.pipeline import run_experiment
 from minilm_exp.provenance import run_key
-from minilm_exp.settings import parse
 
 pytestmark = pytest.mark.usefixtures("quick_collection")
 
@@ -40,32 +39,6 @@ THREE = {
         },
     },
 }
-
-
-@pytest.fixture
-def settings_of(compose_config, tiny_teacher_folder, tmp_path):
-    """Settings of a recipe that a user wrote, on a tiny teacher of 4 layers and 32 dimensions."""
-    text = tmp_path / "text.txt"
-    passages = [f"the model number {i} and the teacher" for i in range(400)]
-    text.write_text("\n\n".join("\n".join(passages[i : i + 4]) for i in range(0, 400, 4)))
-
-    def made(recipe_stages, *overrides, **values):
-        config = compose_config(
-            "experiment=smoke", "teacher=custom", f"teacher.path={tiny_teacher_folder}",
-            "student.hidden_size=32", "student.num_attention_heads=4", "task=none",
-            "relation_set.num_relation_heads=4",
-            "corpus=text_files", f"corpus.files=[{text}]", *overrides,
-        )  # fmt: skip
-        OmegaConf.set_struct(config, False)
-        config.outputs_dir = str(tmp_path / "outputs")
-        if recipe_stages is not None:
-            config.recipe.name = "mine"
-            config.recipe.stages = recipe_stages
-        for name, value in values.items():
-            OmegaConf.update(config, name, value)
-        return parse(config)
-
-    return made
 
 
 # What a stage is made of
@@ -330,6 +303,118 @@ def test_unfinished_chain_is_not_thrown_away(settings_of, monkeypatch):
     assert len(left) == 2
     assert all((path / "stages" / "second" / "losses.json").is_file() for path in left)
     shutil.rmtree(result.folder)
+
+
+# Masked language modelling
+
+
+@pytest.fixture(scope="session")
+def masked_lm_folder(tiny_bert, tiny_tokenizer, tmp_path_factory):
+    """The tiny BERT with a head."""
+    torch.manual_seed(12)
+    model = BertForMaskedLM(tiny_bert.config)
+    model.bert.load_state_dict(tiny_bert.state_dict(), strict=False)
+    model.cls.predictions.bias.data.normal_()
+    folder = tmp_path_factory.mktemp("models") / "tiny_masked_lm"
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+MASKED = {
+    "mlm_kd": {"soft", "total"},
+    "distilbert": {"soft", "masked", "cosine", "total"},
+}
+
+
+@pytest.mark.parametrize("objective", MASKED)
+def test_masked_language_modelling(settings_of, masked_lm_folder, objective, tmp_path):
+    """A head that is left behind, tied weights that no checkpoint can hold, or nothing learnt."""
+    more = ("student.init=teacher_layers", "student.intermediate_size=48")
+    settings = settings_of(
+        None, f"objective={objective}", *more, f"teacher.path={masked_lm_folder}",
+        "training.max_steps=12", "training.learning_rate=1e-3",
+    )  # fmt: skip
+    result = run_experiment(settings)
+    assert set(result.validation_losses) == MASKED[objective]
+    losses = [
+        value for _, value in history(settings.outputs, result.run_id, "distill/validation/total")
+    ]
+    assert losses[-1] < losses[0]
+    student = AutoModel.from_pretrained(Path(result.folder) / "student")
+    assert type(student) is BertModel and student.config.num_hidden_layers == 2
+    teacher = AutoModel.from_pretrained(masked_lm_folder)
+    # Its last layer learns, other than by relations.
+    own, old = (
+        model.encoder.layer[index].output.dense.weight
+        for model, index in ((student, 1), (teacher, 3))
+    )
+    assert not own.equal(old)
+    card = (Path(result.folder) / "student" / "README.md").read_text()
+    assert "not trained" not in card
+
+
+def test_head_begins_with_the_teachers(settings_of, masked_lm_folder, tiny_bert):
+    """A copied student under a head that knows nothing."""
+    teacher = load_masked_lm(
+        settings_of(None, f"teacher.path={masked_lm_folder}").teacher, tiny_bert
+    )
+    torch.manual_seed(3)
+    student = BertModel(tiny_bert.config)
+    model = add_masked_lm_head(student, teacher, 1, of_teacher=True)
+    head, wanted = model.cls.predictions, teacher.cls.predictions
+    assert head.transform.dense.weight.equal(wanted.transform.dense.weight)
+    assert head.bias.equal(wanted.bias)
+    embeddings = student.embeddings.word_embeddings.weight
+    assert model.get_input_embeddings().weight.equal(embeddings)
+    assert head.decoder.weight is model.get_input_embeddings().weight
+    other = add_masked_lm_head(student, teacher, 1, of_teacher=False)
+    assert not other.cls.predictions.transform.dense.weight.equal(wanted.transform.dense.weight)
+    assert other.get_input_embeddings().weight.equal(embeddings)
+
+
+def test_masked_language_modelling_goes_on_where_it_was(settings_of, masked_lm_folder, monkeypatch):
+    """Other tokens masked after a stop than without it."""
+
+    def run(**values):
+        settings = settings_of(
+            None, "objective=distilbert", "student.init=teacher_layers",
+            "student.intermediate_size=48", f"teacher.path={masked_lm_folder}", **values,
+        )  # fmt: skip
+        result = run_experiment(settings)
+        return result, load_file(Path(result.folder) / "student" / "model.safetensors")
+
+    whole, weights = run()
+    log_metrics = stages.Tracker.log_metrics
+
+    def stopping(self, metrics, at=0):
+        if at == 4:
+            raise Killed
+        return log_metrics(self, metrics, at)
+
+    monkeypatch.setattr(stages.Tracker, "log_metrics", stopping)
+    with pytest.raises(Killed):
+        run(rerun=True)
+    monkeypatch.setattr(stages.Tracker, "log_metrics", log_metrics)
+    resumed, found = run(rerun=True, resume=True)
+    assert resumed.run_id != whole.run_id
+    assert resumed.validation_losses == whole.validation_losses
+    assert all(found[name].equal(tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("objective", MASKED)
+def test_teacher_without_the_head_is_unavailable(settings_of, objective, monkeypatch):
+    """A head drawn at random that a student learns from for hours."""
+    monkeypatch.setattr(stages, "prepare_corpus", lambda *_: pytest.fail("corpus was read"))
+    with pytest.raises(ExperimentError, match=r"unavailable.*no head of masked language"):
+        run_experiment(settings_of(None, f"objective={objective}"))
+
+
+def test_assistant_has_no_head_of_masked_language_modelling(settings_of):
+    """The head of a stage's student, which nobody kept."""
+    recipe = {"assistant": {}, "student": {"teacher": "assistant"}}
+    with pytest.raises(ExperimentError, match=r"stages\.student.*assistant has not"):
+        settings_of(recipe, "objective=mlm_kd")
 
 
 def test_cache_is_for_one_layer(settings_of):

@@ -32,7 +32,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from minilm_exp.attention import use_training_attention
-from minilm_exp.distil import Distiller, MarkWhole, last_whole_checkpoint
+from minilm_exp.distil import Distiller, MarkWhole, take_up
 from minilm_exp.errors import ExperimentError
 from minilm_exp.head_terms import label_loss
 from minilm_exp.heads import compute_heads_in_float32, head_parameters, put_under_head
@@ -187,7 +187,7 @@ def finetune(
             callbacks=[best, MarkWhole()],
         )
         trainer.remove_callback(PrinterCallback)
-        start = last_whole_checkpoint(folder)
+        start = take_up(folder)
         if start is not None:
             best.load(start)
         try:
