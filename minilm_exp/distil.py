@@ -151,7 +151,7 @@ class Distiller(nn.Module):
             if any(state.name not in (*QKV, "hidden") for state in below):
                 continue
             tapped = {max(state.layer - 1, 0) for state in below}
-            end = len(layers) if above else max(tapped)
+            end = len(layers) if above else max(tapped, default=0)
             self._compiled += [layers[i] for i in range(end) if i not in tapped]
         # Else dropout would draw other units than without compiling.
         torch._inductor.config.fallback_random = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -15,7 +16,7 @@ from minilm_exp.errors import ExperimentError
 from minilm_exp.provenance import RESULTS_VERSION, fingerprint_text
 from minilm_exp.result import write_json
 from minilm_exp.settings import Settings
-from minilm_exp.task_settings import Task, TaskSettings
+from minilm_exp.task_settings import LIMITS, Task, TaskSettings
 from minilm_exp.task_stages import Model, TaskStages
 from minilm_exp.tasks.data import load_task
 from minilm_exp.tasks.examples import Examples, TaskData, part_name
@@ -125,6 +126,7 @@ class Scoring:
     folder: Path
     tracker: Tracker
     stages: TaskStages | None = None
+    _scored: dict[tuple[str, str], TaskScore] = field(default_factory=dict, init=False)
 
     def check(self, tasks: dict[str, TaskData]) -> None:
         """Whether the stages can be run.
@@ -146,6 +148,11 @@ class Scoring:
         Raises:
             ExperimentError: No cell could be trained.
         """
+        if (name, role) not in self._scored:
+            self._scored[name, role] = self._score(name, data, role, model)
+        return self._scored[name, role]
+
+    def _score(self, name: str, data: TaskData, role: str, model: Model) -> TaskScore:
         task, training = self.settings.tasks[name], self.settings.task_training
         # Nothing of it is trained, so nothing hangs on settings or seed.
         is_fixed = task.kind == "similarity"
@@ -181,6 +188,7 @@ class Scoring:
             )
         if self._keeps(role) and task.kind != "similarity":
             self._keep_best(name, role, model, kept)
+        kept.close()
         outcome = TaskScore(best, cells)
         self._report(name, role, outcome)
         return outcome
@@ -203,17 +211,17 @@ class Scoring:
 
     def _keeps(self, role: str) -> bool:
         """Whether the fine-tuned model stays, also because a stage needs it as its teacher."""
-        teachers = () if self.stages is None else (stage.teacher for stage in self.stages.stages)
-        return self.settings.recipe.keep_models or role in teachers
+        stages = () if self.stages is None else self.stages.stages
+        return self.settings.recipe.keep_models or role in {
+            _role_of_teacher(stage.teacher) for stage in stages
+        }
 
     def _finetune(
         self, job: Finetuning, role: str, model: Model, cell: Cell, kept: _Kept
     ) -> Scored:
         """One fine-tuning as a run of its own, or what an earlier one of the same content gave."""
-        weights = model.fingerprint
-        if role == "student" and self.stages is not None:
-            weights = self.stages.fingerprint(job)
-        key = _key(job, weights)
+        stages = self.stages if role == "student" else None
+        key = _key(job, model.fingerprint if stages is None else stages.fingerprint(job))
         place = self.folder / "finetuning" / key
         file = self.settings.outputs / "finetuned" / f"{key}.json"
         done = self.folder / "finetuned" / key
@@ -232,16 +240,19 @@ class Scoring:
             place / "run_id",
         )
         try:
-            child.log_params(
-                {"task": job.name, "role": role, "seed": job.seed} | asdict(job.settings)
-            )
+            params = asdict(job.settings) if stages is None else stages.params(job)
+            child.log_params({"task": job.name, "role": role, "seed": job.seed} | params)
             if stored is not None:
                 scored = Scored.of(stored, job.task.kind)
-                child.set_tags({"taken_from": stored["run_id"]})
+                if stored["run_id"] != child.run_id:
+                    child.set_tags({"taken_from": stored["run_id"]})
                 if self._keeps(role):
                     kept.copy(Path(stored.get("model", "")), key)
+                kept.offer(job, key, scored)
             else:
                 scored = self._train(job, role, model, key, title, child, kept)
+                # First the model: without it, what is stored would not be whole.
+                kept.offer(job, key, scored)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_json(
                     file,
@@ -253,7 +264,6 @@ class Scoring:
                         "model": str(kept.folder),
                     },
                 )
-            kept.offer(job, key, scored)
             best = {f"best/{metric}": value for metric, value in scored.metrics.items()}
             child.log_metrics(best | {"best/epoch": scored.best_epoch})
             for path in self._write_predictions(job, role, cell, scored):
@@ -295,8 +305,9 @@ class Scoring:
     def _finetuned_teacher(self, job: Finetuning, name: str) -> Path:
         """The best one of the search and of the seeds."""
         assert self.stages is not None
-        self.score(job.name, job.data, name, self.stages.models[name])
-        return self._model_folder(job.name, name)
+        role = _role_of_teacher(name)
+        self.score(job.name, job.data, role, self.stages.models[name])
+        return self._model_folder(job.name, role)
 
     def _keep_best(self, name: str, role: str, model: Model, kept: _Kept) -> None:
         """Trains the best one again where its result was taken from another run."""
@@ -359,6 +370,11 @@ class Scoring:
             self.tracker.log_text(table + "\n", f"grids/{name}-{role}.json")
 
 
+def _role_of_teacher(name: str) -> str:
+    """A stage may be called student."""
+    return name if name == "teacher" else f"stage-{name}"
+
+
 @dataclass(frozen=True)
 class _Candidate:
     job: Finetuning
@@ -380,34 +396,41 @@ class _Kept:
         self._cell_folder = folder.with_name(f"{folder.name}.cell")
         self._best_of_cell: _Candidate | None = None
         self._selected_by = selected_by
-        self._clear()
+        self._offered: set[str] = set()
+        shutil.rmtree(self.next_folder, ignore_errors=True)
 
     def offer(self, job: Finetuning, key: str, scored: Scored) -> None:
         """Takes a model if it validates better than the others of its cell; else drops it."""
         candidate = _Candidate(job, key, scored.metrics[self._selected_by])
+        self._offered.add(key)
         if self._best_of_cell is None or candidate.value > self._best_of_cell.value:
             self._best_of_cell = candidate
-            shutil.rmtree(self._cell_folder, ignore_errors=True)
             if self.next_folder.is_dir():
                 _move(self.next_folder, self._cell_folder, key)
         shutil.rmtree(self.next_folder, ignore_errors=True)
 
     def copy(self, source: Path, key: str) -> None:
         """Copies the model that another run kept of this fine-tuning, where it still has it."""
-        try:
-            if (source / "finetuning_key").read_text("utf-8") == key:
+        if _key_in(source) == key:
+            with contextlib.suppress(OSError):
                 shutil.copytree(source, self.next_folder)
-        except OSError:
+        # The other run may have been at work.
+        if _key_in(self.next_folder) != key:
             shutil.rmtree(self.next_folder, ignore_errors=True)
 
     def end_cell(self, is_best: bool) -> None:
         """The models of the next cell compete anew."""
+        waiting = _key_in(self._cell_folder)
         if is_best:
             self.best = self._best_of_cell
-            if self.best is not None and self._cell_folder.is_dir():
+            if self.best is not None and waiting == self.best.key:
                 _move(self._cell_folder, self.folder, self.best.key)
+        # Before an interruption it may have been that of a cell which comes later.
+        if waiting is None or waiting in self._offered:
+            shutil.rmtree(self._cell_folder, ignore_errors=True)
+        shutil.rmtree(self.next_folder, ignore_errors=True)
         self._best_of_cell = None
-        self._clear()
+        self._offered.clear()
 
     def take_again(self) -> None:
         """Takes the model in `next_folder` for the best one."""
@@ -416,15 +439,18 @@ class _Kept:
 
     def is_there(self) -> bool:
         """Whether the best one lies in the folder, from now or from before an interruption."""
-        try:
-            named = (self.folder / "finetuning_key").read_text("utf-8")
-        except OSError:
-            return False
-        return self.best is not None and named == self.best.key
+        return self.best is not None and _key_in(self.folder) == self.best.key
 
-    def _clear(self) -> None:
-        for left in (self.next_folder, self._cell_folder):
-            shutil.rmtree(left, ignore_errors=True)
+    def close(self) -> None:
+        """Drops what waits for nothing."""
+        shutil.rmtree(self._cell_folder, ignore_errors=True)
+
+
+def _key_in(folder: Path) -> str | None:
+    try:
+        return (folder / "finetuning_key").read_text("utf-8")
+    except OSError:
+        return None
 
 
 def _move(source: Path, target: Path, key: str) -> None:
@@ -454,7 +480,7 @@ def _key(job: Finetuning, weights: str) -> str:
     definition = asdict(job.task)
     for name in ("data", "train_data", "files"):
         definition.pop(name, None)
-    settings = {n: v for n, v in asdict(job.settings).items() if n not in _LIMITS}
+    settings = {n: v for n, v in asdict(job.settings).items() if n not in LIMITS}
     seed: int | None = job.seed
     if job.task.kind == "similarity":
         settings, seed = {"max_length": job.settings.max_length}, None  # nothing is trained
@@ -471,10 +497,6 @@ def _key(job: Finetuning, weights: str) -> str:
         job.precision,
     ]
     return fingerprint_text(json.dumps(parts, sort_keys=True))
-
-
-# They show in what is read: one above the size of the data changes nothing.
-_LIMITS = ("max_train_examples", "max_validation_examples")
 
 
 def _read_parts(job: Finetuning) -> Iterable[tuple[str, Examples]]:

@@ -65,7 +65,7 @@ def write_model_card(
         ("validation loss", f"{result.validation_loss:.4f}"),
     ]
     for role, name in (
-        ("student", "this student"),
+        ("student", "this student" + " after the stages on the task" * bool(settings.task_stages)),
         ("undistilled", "not distilled"),
         ("teacher", "teacher"),
     ):

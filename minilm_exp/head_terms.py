@@ -90,20 +90,22 @@ class SoftLabels(Term):
         teacher, student = (
             side.to(torch.promote_types(side.dtype, torch.float32)) for side in (teacher, student)
         )
-        if is_class is None:
-            is_class = torch.ones_like(student, dtype=torch.bool)
         if self.distance == "mse":
-            squares = (student - teacher).masked_fill(~is_class, 0).square()
-            return squares.sum(-1) / is_class.sum(-1)
+            squares = _filled(student - teacher, is_class, 0).square()
+            return squares.mean(-1) if is_class is None else squares.sum(-1) / is_class.sum(-1)
         teacher_log, student_log = (
-            (side.masked_fill(~is_class, -math.inf) / self.temperature)
-            .log_softmax(-1)
-            .masked_fill(~is_class, 0)
+            _filled(
+                (_filled(side, is_class, -math.inf) / self.temperature).log_softmax(-1), is_class, 0
+            )
             for side in (teacher, student)
         )
         target = teacher_log.exp()
         compared = student_log if self.distance == "ce" else student_log - teacher_log
         return -(self.temperature**2) * (target * compared).sum(-1)
+
+
+def _filled(values: Tensor, is_class: Tensor | None, other: float) -> Tensor:
+    return values if is_class is None else values.masked_fill(~is_class, other)
 
 
 class HardLabels(Term):

@@ -16,10 +16,10 @@ SELECTED = 0.15
 class Masker:
     """Selects 15% of the tokens; of those 80% become the mask, 10% another token, 10% stay.
 
-    As BERT does it (arXiv:1810.04805, section 3.1): the other token is any of the vocabulary. Special
-    tokens and padding are never selected, and one token of a sequence at least. What is selected
-    depends on the seed, the step and the number of the example, so a resumed run and one with other
-    micro-batches select the same.
+    As BERT does it (arXiv:1810.04805, section 3.1): the other token is any of the vocabulary.
+    Special tokens and padding are never selected, and one token of a sequence at least. What is
+    selected depends on the seed, the step and the number of the example, so a resumed run and one
+    with other micro-batches select the same.
 
     Args:
         tokenizer: Of both models.

@@ -133,11 +133,13 @@ class Objective:
         terms: By name.
         reads_relation_set: Whether a term takes its values from the group relation_set; found out
             when the config is read.
+        is_read: Whether a stage has no objective of its own; likewise.
     """
 
     name: str
     terms: dict[str, Any]
     reads_relation_set: bool = False
+    is_read: bool = True
 
 
 def parse_terms(terms: dict[str, Any]) -> dict[str, AnyTerm]:

@@ -162,9 +162,9 @@ def _distil_and_score(
         scoring.stages = _task_stages(settings, untrained)
         scoring.check(tasks)
     distilled = chain.run()
-    if distilled.losses:
-        result.validation_losses = [*distilled.losses.values()][-1]
-        result.validation_loss = result.validation_losses["total"]
+    losses = distilled.losses.get(settings.origin.name)
+    if losses is not None:
+        result.validation_losses, result.validation_loss = losses, losses["total"]
     if len(distilled.losses) > 1:
         result.stages = distilled.losses
     if settings.task_stages:
@@ -177,7 +177,7 @@ def _distil_and_score(
     }
     _measure(settings, models, tracker, result)
     _score(settings, tasks, models, scoring, result)
-    if distilled.losses:
+    if losses is not None:
         write_model_card(folder / "student", settings, result, distilled.untrained)
 
 

@@ -31,20 +31,25 @@ def run_name(settings: Settings) -> str:
         name = f"{settings.teacher.name}-{settings.student_name}-{settings.objective_name}"
         if settings.stages:
             name = f"{settings.teacher.name}-{settings.student_name}-{settings.recipe.name}"
+            if any(stage.settings.objective == settings.objective for stage in settings.stages):
+                name += f"-{settings.objective_name}"
     return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{name}-seed{settings.seed}")
 
 
 def finished_run(settings: Settings, key: str) -> Result | None:
     """The finished run of this key whose student or fine-tuned models are still there, or None."""
-    if settings.recipe.name != "finetune" and settings.corpus_stages:
-        needed = "student/config.json"
-    else:
-        is_trained = any(task.kind != "similarity" for task in settings.tasks.values())
-        needed = "models" if settings.recipe.keep_models and is_trained else "predictions"
+    needed = []
+    if settings.recipe.name != "finetune" and settings.origin.settings.data == "corpus":
+        needed.append("student/config.json")
+    is_trained = any(task.kind != "similarity" for task in settings.tasks.values())
+    if settings.recipe.keep_models and is_trained:
+        needed.append("models")
+    elif not needed:
+        needed.append("predictions")
     for folder in _folders(settings, key):
         result = read_result(folder)
         if result is not None and result.status == "FINISHED" and result.run_key == key:
-            if (folder / needed).exists():
+            if all((folder / name).exists() for name in needed):
                 return result
     return None
 
@@ -92,6 +97,7 @@ def _has_work(folder: Path) -> bool:
         any((place / "losses.json").is_file() for place in places)
         or any((place / "config.json").is_file() for place in finetuning)
         or any(last_whole_checkpoint(place) is not None for place in checkpoints)
+        or any((folder / "models").glob("*/finetuning_key"))
     )
 
 

@@ -11,7 +11,7 @@ import glob
 import math
 import os
 from collections.abc import Container
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -30,9 +30,9 @@ from minilm_exp.objective_settings import (
     trains_head,
 )
 from minilm_exp.task_settings import (
-    TaskSettings,
     TaskTraining,
     check_tasks,
+    parse_changes,
     parse_tasks,
 )
 from minilm_exp.teacher_facts import read_facts
@@ -164,8 +164,8 @@ class StageGiven:
 
     Attributes:
         data: What it reads: corpus, or task, the training examples of each task of the run in turn.
-            There, teacher and student have a head; a teacher that has none yet is first fine-tuned
-            on the task.
+            There, teacher and student have a head; a teacher that is no stage on a task itself is
+            fine-tuned on it first.
         teacher: `teacher`, or the name of an earlier stage whose student it is.
         start: Name of an earlier stage whose student goes on learning; null builds one anew.
         student: Differences from the group student, and likewise the next three.
@@ -299,6 +299,15 @@ class Settings:
         return [stage for stage in self.chain if stage.settings.data == "task"]
 
     @property
+    def origin(self) -> Stage:
+        """The stage that gives the run's student, or, on tasks alone, builds it."""
+        stages = {stage.name: stage for stage in self.chain}
+        stage = self.chain[-1]
+        while stage.settings.data == "task" and stage.start is not None:
+            stage = stages[stage.start]
+        return stage
+
+    @property
     def outputs(self) -> Path:
         """The folder of run folders, caches and the tracking database."""
         return Path(self.outputs_dir)
@@ -308,6 +317,7 @@ class Settings:
         """Groups whose values make no difference to what is computed."""
         if self.recipe.name != "finetune":
             unread = [] if self.objective.reads_relation_set else ["relation_set"]
+            unread += [] if self.objective.is_read else ["objective"]
             if not self.corpus_stages:
                 unread += ["training"]
                 unread += [] if "next_passage" in self.tasks else ["corpus"]
@@ -383,6 +393,13 @@ def parse(
     is_objective_read = not given or any(node.get("objective") is None for node in given)
     read = [config.recipe, *([config.objective] if is_objective_read else [])]
     config.objective.reads_relation_set = "${relation_set." in OmegaConf.to_yaml(read)
+    config.objective.is_read = is_objective_read
+    if "objective" in typed and not is_objective_read:
+        raise ExperimentError(
+            f"objective={config.objective.name} makes no difference with"
+            f" recipe={config.recipe.name}, whose stages name their own: leave it out, or choose"
+            " objective@recipe.stages.STAGE.objective=NAME"
+        )
     config.outputs_dir = os.path.abspath(os.path.expanduser(str(config.outputs_dir)))
     student_facts = _complete_student(config)
     notes = _complete_teacher(config, teacher_was_chosen, typed)
@@ -401,9 +418,12 @@ def parse(
         settings.data_root = os.path.abspath(os.path.expanduser(settings.data_root))
     for name in ("relations", "relation_set", *(f"relation_set.{n}" for n in _RELATION_SETTINGS)):
         if name in typed and not settings.objective.reads_relation_set:
+            named = f"objective={settings.objective.name}, which names"
+            if not is_objective_read:
+                named = f"recipe={settings.recipe.name}, whose objectives name"
             raise ExperimentError(
-                f"{name} makes no difference with objective={settings.objective.name}, which names"
-                " its own relations: leave it out, or set those of the objective"
+                f"{name} makes no difference with {named} their own relations: leave it out, or set"
+                " those of the objective"
             )
     _check_values(settings)
     _check_baseline(settings.baseline)
@@ -483,6 +503,11 @@ def _parse_stages(config: DictConfig) -> list[Stage]:
         stages[name] = stage
     last = next(reversed(stages.values()), None)
     if last is not None and last.settings.data == "task":
+        if "student" not in config.recipe.models:
+            raise ExperimentError(
+                f"recipe.models={[*config.recipe.models]} has no student, which the stages on a"
+                " task train: add it, or use recipe=finetune"
+            )
         if not trains_head(last.settings.objective.terms):
             raise ExperimentError(
                 f"recipe.stages.{last.name}: the last stage on a task is scored as it is, and"
@@ -524,6 +549,12 @@ def _check_head(stage: Stage, earlier: dict[str, Stage]) -> None:
                 f"objective={settings.objective.name} needs a teacher with a head of masked"
                 f" language modelling, which the student of stage {stage.teacher} has not"
             )
+        soft = [n for n, term in settings.objective.terms.items() if isinstance(term, LogitTerm)]
+        if soft and stage.is_pruned:
+            raise ExperimentError(
+                f"objective.terms.{soft[0]}: the teacher predicts tokens that the student has not;"
+                " set student.vocabulary=full"
+            )
         return
     fixed = [name for name, task in settings.tasks.items() if task.kind == "similarity"]
     if not settings.tasks or fixed:
@@ -544,11 +575,13 @@ def _check_head(stage: Stage, earlier: dict[str, Stage]) -> None:
             f"head_only=true: the objective's terms {', '.join(others)} do not reach the head;"
             " leave them out"
         )
-    unknown = [name for name in stage.task_training if name not in _TASK_SETTINGS]
-    if unknown:
-        raise ExperimentError(
-            f"task_training.{unknown[0]}: a stage can change {', '.join(sorted(_TASK_SETTINGS))}"
-        )
+    positions = min(stage.num_positions, settings.teacher.max_position_embeddings)
+    stage.task_training = parse_changes(
+        stage.task_training,
+        settings.tasks,
+        settings.task_training,
+        max_tokens(settings.teacher.model_type, positions),
+    )
 
 
 def _carry_facts(stage: Stage, earlier: dict[str, Stage]) -> None:
@@ -901,10 +934,6 @@ def _check_baseline(baseline: Baseline) -> None:
 _WITHOUT_STAGES = ("task_agnostic", "finetune", "prepare_corpus")
 
 _RELATION_SETTINGS = ("pairs", "num_relation_heads")
-_TASK_SETTINGS = {setting.name for setting in fields(TaskSettings)} - {
-    "max_train_examples",
-    "max_validation_examples",
-}
 
 _POSITIVE = {
     "training": [

@@ -115,16 +115,16 @@ class Chain:
         losses = {}
         for stage in self.settings.corpus_stages:
             models[stage.name], losses[stage.name] = self._run_stage(stage)
-            last = stage.name
         for stage in self.settings.task_stages:
+            tokenizer = self._tokenizers[stage.name] = self._tokenizer_of(stage)
             if stage.start is None:
-                teacher = models.get(stage.teacher, self.teacher)
-                tokenizer = self._tokenizers[stage.name] = self._tokenizer_of(stage)
-                models[stage.name] = self._build(stage, teacher, tokenizer, None)
+                models[stage.name] = self._build(stage, models[stage.teacher], tokenizer, None)
                 self._first[stage.name] = models[stage.name]
-            last = stage.name if stage.start is None else last
+            else:
+                models[stage.name] = models[stage.start]
+        last = self.settings.origin.name
         student, tokenizer = models[last], self._tokenizers[last]
-        if losses:
+        if last in losses:
             save_student(student, self.teacher, tokenizer, self.folder / "student")
         return Distilled(
             student,
@@ -151,11 +151,12 @@ class Chain:
             if self.settings.stages:
                 for note in settings.notes:
                     _log.info("stage %s: %s", stage.name, note)
-            teacher = models.get(stage.teacher, self.teacher)
+            teacher = models[stage.teacher]
             try:
                 if stage.start is None:
                     if settings.student.path is not None:
-                        models[stage.name] = load_checkpoint(settings.student.path)[0]
+                        models[stage.name], own = load_checkpoint(settings.student.path)
+                        match_vocabularies(own, tokenizer)
                     else:
                         models[stage.name] = self._build(stage, teacher, tokenizer, None)
                 else:
@@ -187,6 +188,9 @@ class Chain:
         else:
             corpus = self._corpus_of(stage, tokenizer)
             tracker = self._start(stage, place)
+            if not self._is_single:
+                folder = str(corpus.folder)
+                tracker.log_dataset("corpus", corpus.fingerprint, folder, "training")
             try:
                 precision = resolve_precision(settings.training.precision, settings.runtime.device)
                 caches = self._caches(
@@ -231,7 +235,7 @@ class Chain:
             self.tracker.log_metrics(
                 {f"stage/{stage.name}/{name}": value for name, value in finished.items()}
             )
-            student, _ = load_checkpoint(str(place / "student"))
+            student = self._load(stage.name)[0]
         return student, finished
 
     def _caches(
@@ -256,6 +260,14 @@ class Chain:
             stage.settings, corpus, precision, fingerprint, layer, size, grid, tracker
         )
 
+    def _load(
+        self, name: str, dropout: tuple[float, float] | None = None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        """The student that a stage left."""
+        folder = self._place(name) / "student"
+        named = f"the student of stage {name} (remove its folder, and the stage is run again)"
+        return load_checkpoint(str(folder), dropout, named)
+
     def _place(self, name: str) -> Path:
         return self.folder if self._is_single else self.folder / "stages" / name
 
@@ -263,7 +275,7 @@ class Chain:
         if stage.teacher == "teacher":
             return self.teacher, self.inputs["teacher"]
         folder = self._place(stage.teacher) / "student"
-        encoder, _ = load_checkpoint(str(folder))
+        encoder, _ = self._load(stage.teacher)
         return encoder.eval().requires_grad_(False), fingerprint_model(folder)
 
     def _tokenizer_of(self, stage: Stage) -> PreTrainedTokenizerFast:
@@ -275,7 +287,7 @@ class Chain:
             return load_checkpoint_tokenizer(settings.student.path)
         place = self._place(stage.name)
         if not self._is_single and _read(place / "losses.json") is not None:
-            return load_checkpoint_tokenizer(str(place / "student"))
+            return self._load(stage.name)[1]
         whole = self._tokenizers[stage.teacher]
         if settings.student.vocabulary == "full":
             return whole
@@ -312,8 +324,7 @@ class Chain:
             training = stage.settings.training
             dropout = (training.hidden_dropout, training.attention_dropout)
             self._first[stage.name] = self._first[stage.start]
-            student, _ = load_checkpoint(str(self._place(stage.start) / "student"), dropout)
-            return student.train()
+            return self._load(stage.start, dropout)[0].train()
         student = self._build(stage, teacher, tokenizer, teacher_ids)
         self._first[stage.name] = copy.deepcopy(student)
         return student
@@ -351,7 +362,9 @@ class Chain:
             tap.close()
         if learner is not student:
             prefix = f"{learner.base_model_prefix}."
-            trained = {name for name, _ in learner.named_parameters()} - untrained
+            # Under each of their names, where weights are tied.
+            trained = {name for name, _ in learner.named_parameters(remove_duplicate=False)}
+            trained -= untrained
             untrained = {
                 name for name, _ in student.named_parameters() if f"{prefix}{name}" not in trained
             }

@@ -233,19 +233,20 @@ def _copy_teacher_layers(
 
 
 def load_checkpoint(
-    path: str, dropout: tuple[float, float] | None = None
+    path: str, dropout: tuple[float, float] | None = None, named: str = "student.path"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The encoder and tokenizer of a folder; a task head in it is left out.
 
     Args:
         path: The folder.
         dropout: Probabilities for hidden states and attention, instead of the checkpoint's.
+        named: What the error calls the folder.
 
     Raises:
         ExperimentError: They cannot be loaded.
     """
     folder = Path(path).expanduser()
-    tokenizer = load_checkpoint_tokenizer(path)
+    tokenizer = load_checkpoint_tokenizer(path, named)
     try:
         config = AutoConfig.from_pretrained(folder)
         if dropout is not None:
@@ -254,14 +255,12 @@ def load_checkpoint(
     except ExperimentError:
         raise
     except Exception as error:  # files can be wrong in as many ways as there are loaders
-        raise ExperimentError(
-            f"student.path: {folder} cannot be loaded: {reason_of(error)}"
-        ) from error
+        raise ExperimentError(f"{named}: {folder} cannot be loaded: {reason_of(error)}") from error
     return encoder, tokenizer
 
 
-def load_checkpoint_tokenizer(path: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder.
+def load_checkpoint_tokenizer(path: str, named: str = "student.path") -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder; `named` as for `load_checkpoint`.
 
     Raises:
         ExperimentError: It cannot be loaded, or is not a fast one.
@@ -270,12 +269,10 @@ def load_checkpoint_tokenizer(path: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # files can be wrong in as many ways as there are loaders
-        raise ExperimentError(
-            f"student.path: {folder} cannot be loaded: {reason_of(error)}"
-        ) from error
+        raise ExperimentError(f"{named}: {folder} cannot be loaded: {reason_of(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ExperimentError(
-            f"student.path: {folder} has no fast tokenizer (tokenizer.json); convert it with"
+            f"{named}: {folder} has no fast tokenizer (tokenizer.json); convert it with"
             " transformers first"
         )
     return tokenizer

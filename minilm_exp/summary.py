@@ -18,11 +18,12 @@ def print_summary(settings: Settings, result: Result) -> None:
     """The models of this run as measured, and every cell of a search."""
     tasks = list(dict.fromkeys(task for role in _ROLES for task in result.scores_of(role)))
     console = Console(width=max(Console().width, 95 + 16 * len(tasks)), markup=False)
-    distilled = result.validation_loss is not None
+    distilled = settings.recipe.name != "finetune"
+    has_loss = result.validation_loss is not None
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("model")
     headings = ["layers x hidden", "params (no emb.)", "speedup"]
-    headings += ["validation loss"] if distilled else []
+    headings += ["validation loss"] if has_loss else []
     for heading in (*headings, *tasks, *(["mean"] if len(tasks) > 1 else [])):
         table.add_column(heading, justify="right")
     for role in ("teacher", "student", "undistilled"):
@@ -34,7 +35,7 @@ def print_summary(settings: Settings, result: Result) -> None:
             _shape(settings, role),
             _size(result.parameters.get("teacher" if role == "teacher" else "student")),
             _speedup(settings, result, role),
-            *([_loss(result) if role == "student" else "-"] * distilled),
+            *([_loss(result) if role == "student" else "-"] * has_loss),
             *(_score(settings, result, role, task) for task in tasks),
             *([f"{statistics.fmean(scores.values()):.3f}" if scores else "-"] * (len(tasks) > 1)),
         )

@@ -155,6 +155,10 @@ class TaskSettings:
     max_validation_examples: Optional[int] = None
 
 
+# They show in what is read: one above the size of the data changes nothing.
+LIMITS = ("max_train_examples", "max_validation_examples")
+
+
 @dataclass
 class Grid:
     """Values that task_training.search=grid tries; empty: the one of the family."""
@@ -301,6 +305,51 @@ def check_tasks(tasks: dict[str, AnyTask], training: TaskTraining, max_tokens: i
             _check_task(name, task)
         for cell in training.cells(name, task):
             _check_cell(name, task, cell, max_tokens)
+
+
+def parse_changes(
+    changes: dict[str, Any],
+    tasks: dict[str, AnyTask],
+    training: TaskTraining,
+    max_tokens: int,
+) -> dict[str, Any]:
+    """What a stage has otherwise than the fine-tuning settings of its tasks.
+
+    Args:
+        changes: As given.
+        tasks: By name.
+        training: The fine-tuning.
+        max_tokens: Positions of the stage's models.
+
+    Raises:
+        ExperimentError: A name or value is wrong.
+    """
+    limits = [name for name in LIMITS if name in changes]
+    if limits:
+        raise ExperimentError(f"task_training.{limits[0]} is the same in all stages: set the run's")
+    typed: dict[str, Any] = {}
+    for name, task in tasks.items():
+        for cell in training.cells(name, task):
+            plain = OmegaConf.structured(cell)
+            try:
+                changed = OmegaConf.to_object(OmegaConf.merge(plain, changes))
+            except OmegaConfBaseException as error:
+                message = str(error).splitlines()[0]
+                if "not in" in message:
+                    names = [f.name for f in fields(TaskSettings) if f.name not in LIMITS]
+                    message = f"a stage can change {', '.join(names)}"
+                raise ExperimentError(f"task_training.{error.full_key}: {message}") from error
+            assert isinstance(changed, TaskSettings)
+            _check_cell(name, task, changed, max_tokens)
+            typed = {key: getattr(changed, key) for key in changes}
+        family = training.families[task.family].grid
+        searched = [key for key in changes if training.search == "grid" and vars(family).get(key)]
+        if searched:
+            raise ExperimentError(
+                f"task_training.{searched[0]}={changes[searched[0]]}: task_training.search=grid"
+                " varies it; leave it out, or search nothing"
+            )
+    return typed
 
 
 def _check_task(name: str, task: Task) -> None:

@@ -18,6 +18,7 @@ from minilm_exp.errors import ExperimentError
 from minilm_exp.provenance import fingerprint_text, fingerprint_tokenizer
 from minilm_exp.settings import Settings, Stage
 from minilm_exp.student import set_dropout
+from minilm_exp.task_settings import LIMITS
 from minilm_exp.tasks.finetune import (
     Finetuning,
     Guide,
@@ -86,8 +87,7 @@ class TaskStages:
             try:
                 student = with_head(self._origin(stage).encoder, job)
                 teacher = with_head(self._teacher_origin(stage).encoder, job)
-                self._guide(stage, teacher, None)
-                build_guide_objective(student, self._guide(stage, teacher, None), job)
+                build_guide_objective(student, Guide(teacher, stage.settings), job)
             except ExperimentError as error:
                 raise ExperimentError(f"recipe.stages.{stage.name}: {error}") from error
 
@@ -96,17 +96,21 @@ class TaskStages:
         training = self.settings.task_training
         definition = [
             [
-                stage.settings.objective.name,
                 [[name, asdict(term)] for name, term in stage.settings.objective.terms.items()],
                 stage.settings.layer_selection.teacher_layer,
                 stage.task_training,
                 stage.head_only,
-                self._names_or_weights(stage.start or stage.name, stage),
-                self._names_or_weights(stage.teacher, stage),
+                stage.start if stage.start in self._names else self._origin(stage).fingerprint,
+                stage.teacher
+                if stage.teacher in self._names
+                else self.models[stage.teacher].fingerprint,
             ]
             for stage in self.stages
         ]
-        teachers = [asdict(cell) for cell in training.cells(job.name, job.task)]
+        teachers = [
+            {name: value for name, value in asdict(cell).items() if name not in LIMITS}
+            for cell in training.cells(job.name, job.task)
+        ]
         seeds = training.seeds(self.settings.seed)
         return fingerprint_text(json.dumps([definition, teachers, seeds], sort_keys=True))
 
@@ -138,6 +142,8 @@ class TaskStages:
             is_last = stage is self.stages[-1]
             folder = place / stage.name
             if not is_last and folder.is_dir():
+                # It may have been killed right after.
+                self._child(run, stage, job, place, title).finish("FINISHED")
                 continue
             if stage.teacher in self._names:
                 teacher_folder = place / stage.teacher
@@ -148,20 +154,18 @@ class TaskStages:
             encoder = model.encoder
             if stage.start in self._names:
                 encoder = load_finetuned(place / str(stage.start), job.task.kind)
-            guide = self._guide(stage, teacher, model.tokenizer)
-            own = replace(job, settings=replace(job.settings, **stage.task_training))
+            ids = match_vocabularies(model.tokenizer, self._teacher_origin(stage).tokenizer)
+            guide = Guide(teacher, stage.settings, stage.head_only, ids)
+            own = _own(job, stage)
             checkpoints = place / f"{stage.name}.checkpoints"
             if is_last:
                 child, saved = tracker, keep_in
             else:
-                child = run.child(
-                    f"stage {stage.name}: {title}",
-                    {"stage": stage.name, "task": job.name, "seed": str(job.seed)},
-                    place / f"{stage.name}.run_id",
-                )
+                child = self._child(run, stage, job, place, title)
                 saved = place / f"{stage.name}.partial"
             try:
-                child.log_params(_params(stage, own))
+                if not is_last:
+                    child.log_params(self.params(job, stage))
                 scored = finetune(
                     encoder, model.tokenizer, own, f"{title}, {stage.name}", child.log_metrics,
                     saved, guide, checkpoints,
@@ -174,16 +178,27 @@ class TaskStages:
                 assert saved is not None
                 saved.rename(folder)
                 child.finish("FINISHED")
-            shutil.rmtree(checkpoints, ignore_errors=True)
+                shutil.rmtree(checkpoints, ignore_errors=True)
         return scored
 
-    def _guide(
-        self, stage: Stage, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None
-    ) -> Guide:
-        ids = None
-        if tokenizer is not None:
-            ids = match_vocabularies(tokenizer, self._teacher_origin(stage).tokenizer)
-        return Guide(teacher, stage.settings, stage.head_only, ids)
+    def params(self, job: Finetuning, stage: Stage | None = None) -> dict[str, Any]:
+        """What a stage, by default the last, is recorded with."""
+        stage = stage or self.stages[-1]
+        return {
+            "stage": stage.name,
+            "task": job.name,
+            "seed": job.seed,
+            "teacher": stage.teacher,
+            "start": stage.start or stage.settings.student.init,
+            "objective": stage.settings.objective_name,
+            "head_only": stage.head_only,
+        } | asdict(_own(job, stage).settings)
+
+    @staticmethod
+    def _child(run: Tracker, stage: Stage, job: Finetuning, place: Path, title: str) -> Tracker:
+        tags = {"stage": stage.name, "task": job.name, "seed": str(job.seed)}
+        name = f"stage {stage.name}: {title} seed={job.seed}"
+        return run.child(name, tags, place / f"{stage.name}.run_id")
 
     def _origin(self, stage: Stage) -> Model:
         """The encoder that a stage's student began as."""
@@ -197,19 +212,6 @@ class TaskStages:
                 return self._origin(other)
         return self.models[stage.teacher]
 
-    def _names_or_weights(self, name: str, stage: Stage) -> str:
-        if name in self._names and name != stage.name:
-            return name
-        return self.models[name].fingerprint
 
-
-def _params(stage: Stage, job: Finetuning) -> dict[str, Any]:
-    return {
-        "stage": stage.name,
-        "task": job.name,
-        "seed": job.seed,
-        "teacher": stage.teacher,
-        "start": stage.start or stage.settings.student.init,
-        "objective": stage.settings.objective_name,
-        "head_only": stage.head_only,
-    } | asdict(job.settings)
+def _own(job: Finetuning, stage: Stage) -> Finetuning:
+    return replace(job, settings=replace(job.settings, **stage.task_training))

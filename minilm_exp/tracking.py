@@ -64,8 +64,7 @@ class Tracker:
         """
         run_id = file.read_text("utf-8") if file is not None and file.is_file() else None
         if run_id is not None and _exists(self._client, run_id):
-            self._client.update_run(run_id, status="RUNNING")
-            return Tracker(self._client, run_id, resumed=True)
+            return _reopened(self._client, run_id)
         experiment_id = self._client.get_run(self.run_id).info.experiment_id
         parent = {MLFLOW_PARENT_RUN_ID: self.run_id, _PART_OF: self.run_id}
         run = self._client.create_run(experiment_id, run_name=name, tags=parent)
@@ -164,8 +163,7 @@ def start_tracking(
                 )
         if run_id is not None and _exists(client, run_id):
             end_interrupted(uri, run_id)
-            client.update_run(run_id, status="RUNNING")
-            return Tracker(client, run_id, resumed=True)
+            return _reopened(client, run_id)
         tags = {}
         if parent_id is not None and _exists(client, parent_id):
             tags[MLFLOW_PARENT_RUN_ID] = parent_id
@@ -179,6 +177,13 @@ def start_tracking(
                 " tracking=local"
             )
         ) from error
+
+
+def _reopened(client: MlflowClient, run_id: str) -> Tracker:
+    client.update_run(run_id, status="RUNNING")
+    if "error" in client.get_run(run_id).data.tags:
+        client.delete_tag(run_id, "error")
+    return Tracker(client, run_id, resumed=True)
 
 
 def _exists(client: MlflowClient, run_id: str) -> bool:

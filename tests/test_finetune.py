@@ -1096,6 +1096,42 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.parametrize("checkpoint_steps", [2, 3])
+@pytest.mark.parametrize("number", [1, 3, 4])
+def test_stopped_evaluation_goes_on_where_it_was(
+    make_job, number, checkpoint_steps, tmp_path, monkeypatch
+):
+    """An epoch that is never scored because its last step was saved; the fourth is of the test."""
+    data = dataclasses.replace(make_data(), test=make_data(num_validation=12).validation)
+    job = dataclasses.replace(
+        make_job(data, epochs=3, learning_rate=1e-3), checkpoint_steps=checkpoint_steps
+    )
+    evaluate, calls = finetune_module._evaluate, []
+
+    def stopping(*arguments):
+        calls.append(1)
+        if len(calls) == number:
+            raise Killed
+        return evaluate(*arguments)
+
+    def train(folder):
+        return finetune(
+            make_encoder(), make_tokenizer(), job, "a test", lambda *_: None,
+            tmp_path / f"{folder} kept", checkpoints=tmp_path / folder,
+        )  # fmt: skip
+
+    whole = train("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_module, "_evaluate", stopping)
+        with pytest.raises(Killed):
+            train("stopped")
+    assert train("stopped") == whole
+    weights = [
+        load_file(tmp_path / f"{name} kept" / "model.safetensors") for name in ("whole", "stopped")
+    ]
+    assert all(weights[0][name].equal(tensor) for name, tensor in weights[1].items())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stop", [2, 4, 5])
 def test_stopped_training_goes_on_where_it_was(make_job, kind, stop, tmp_path, monkeypatch):

@@ -9,7 +9,14 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer, BertForMaskedLM, BertModel
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertForMaskedLM,
+    BertModel,
+    XLMRobertaConfig,
+    XLMRobertaForMaskedLM,
+)
 
 from minilm_exp import stages
 from minilm_exp.errors import ExperimentError
@@ -325,6 +332,20 @@ MASKED = {
     "mlm_kd": {"soft", "total"},
     "distilbert": {"soft", "masked", "cosine", "total"},
 }
+
+
+def test_tied_weights_are_trained(settings_of, tiny_tokenizer, tmp_path):
+    """Embeddings that a model card calls untrained, because the head shows them first."""
+    torch.manual_seed(5)
+    config = XLMRobertaConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=4, intermediate_size=48, max_position_embeddings=66, pad_token_id=0,
+    )  # fmt: skip
+    XLMRobertaForMaskedLM(config).save_pretrained(tmp_path / "xlmr")
+    tiny_tokenizer.save_pretrained(tmp_path / "xlmr")
+    settings = settings_of(None, "objective=mlm_kd", f"teacher.path={tmp_path}/xlmr")
+    result = run_experiment(settings)
+    assert "not trained" not in (Path(result.folder) / "student" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("objective", MASKED)

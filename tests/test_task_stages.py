@@ -18,6 +18,7 @@ from minilm_exp import task_stages
 from minilm_exp.errors import ExperimentError
 from minilm_exp.pipeline import run_experiment
 from minilm_exp.provenance import run_key
+from minilm_exp.settings import parse
 from minilm_exp.tasks import finetune as finetune_module
 
 pytestmark = pytest.mark.usefixtures("quick_collection")
@@ -195,10 +196,10 @@ def test_student_of_a_stage_teaches_the_task(task_settings_of, trained):
     }
     result = run_experiment(task_settings_of(recipe, models=("student",)))
     assert trained == [
-        "assistant on text_classification",
+        "stage-assistant on text_classification",
         "student on text_classification, task",
     ]
-    teacher = Path(result.folder) / "models" / "text_classification-assistant"
+    teacher = Path(result.folder) / "models" / "text_classification-stage-assistant"
     assert json.loads((teacher / "config.json").read_text())["num_hidden_layers"] == 3
 
 
@@ -251,7 +252,7 @@ def test_each_stage_is_a_run_with_its_terms(task_settings_of):
     settings = task_settings_of(TWO, models=("student",))
     result = run_experiment(settings)
     runs = children(settings, result.run_id)
-    first = runs["stage intermediate: student on text_classification"]
+    first = runs["stage intermediate: student on text_classification seed=1"]
     assert {"loss/hidden", "loss/relations/query-query", "loss/relations/value-value"} <= set(
         first.data.metrics
     )
@@ -263,13 +264,85 @@ def test_each_stage_is_a_run_with_its_terms(task_settings_of):
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
 
 
+def test_last_stage_has_settings_of_its_own(task_settings_of):
+    """Settings that are recorded as the run's, although the stage has others."""
+    recipe = {"task": ONE["task"] | {"task_training": {"epochs": 2, "learning_rate": 3e-4}}}
+    settings = task_settings_of(recipe, models=("student",))
+    result = run_experiment(settings)
+    runs = children(settings, result.run_id)
+    params = runs["student on text_classification seed=1"].data.params
+    assert (params["epochs"], params["learning_rate"]) == ("2", "0.0003")
+    assert runs["teacher on text_classification seed=1"].data.params["epochs"] == "3"
+
+
+BRANCHES = {
+    "assistant teaches": (
+        {
+            "student": {"student": {"num_layers": 3}},
+            "task": {"data": "task", "teacher": "student", "objective": PREDICTION},
+        },
+        2, False, ["stage-student on text_classification", "student on text_classification, task"],
+    ),
+    "another stage comes last": (
+        {
+            "general": {},
+            "undistilled": {"student": {"num_layers": 3}},
+            "task": {
+                "data": "task", "start": "general", "teacher": "undistilled",
+                "objective": PREDICTION,
+            },
+        },
+        2, True,
+        [
+            "stage-undistilled on text_classification", "student on text_classification, task",
+            "undistilled on text_classification",
+        ],
+    ),
+    "stage on the task teaches": (
+        {
+            "general": {},
+            "large": {"data": "task", "start": "general", "objective": PREDICTION},
+            "small": {
+                "data": "task", "teacher": "large", "student": {"num_layers": 1},
+                "objective": {"name": "soft", "terms": {"soft": SOFT}},
+            },
+        },
+        1, False,
+        [
+            "teacher on text_classification", "student on text_classification, large",
+            "student on text_classification, small",
+        ],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_student_is_that_of_the_last_stage(task_settings_of, trained, branch):
+    """Sizes or losses of another stage's student, or a teacher that is overwritten."""
+    recipe, num_layers, is_distilled, titles = BRANCHES[branch]
+    models = ("student", "undistilled") if "undistilled" in recipe else ("student",)
+    settings = task_settings_of(recipe, models=models)
+    result = run_experiment(settings)
+    assert trained == titles
+    folder = Path(result.folder)
+    kept = json.loads((folder / "models/text_classification-student/config.json").read_text())
+    assert kept["num_hidden_layers"] == num_layers
+    assert (folder / "student").exists() == is_distilled
+    assert (result.validation_loss is not None) == is_distilled
+    if is_distilled:
+        assert result.validation_losses == result.stages["general"]
+        shape = json.loads((folder / "student" / "config.json").read_text())
+        assert shape["num_hidden_layers"] == num_layers
+    assert run_experiment(task_settings_of(recipe, models=models)).run_id == result.run_id
+
+
 class Killed(BaseException):
     pass
 
 
 STOPS = {
     "teacher": ("teacher on text_classification seed=1", 10),
-    "intermediate": ("stage intermediate: student on text_classification", 10),
+    "intermediate": ("stage intermediate: student on text_classification seed=1", 10),
     "prediction": ("student on text_classification seed=1", 10),
 }
 
@@ -330,6 +403,47 @@ def test_stopped_stages_go_on_where_they_were(task_settings_of, trained, stop, m
         assert steps_of == sorted(set(steps_of))
 
 
+def test_finished_seed_is_not_trained_again(task_settings_of, trained, monkeypatch):
+    """The model of a seed thrown away because the next one was interrupted."""
+    more = ("task_training.num_seeds=2",)
+    finetune = task_stages.finetune
+
+    def stopping(encoder, tokenizer, job, title, *arguments, **named):
+        if job.seed > 1000 and "prediction" in title:
+            raise Killed
+        return finetune(encoder, tokenizer, job, title, *arguments, **named)
+
+    monkeypatch.setattr(task_stages, "finetune", stopping)
+    with pytest.raises(Killed):
+        run_experiment(task_settings_of(TWO, *more, models=("student",)))
+    monkeypatch.setattr(task_stages, "finetune", finetune)
+    trained.clear()
+    result = run_experiment(task_settings_of(TWO, *more, models=("student",), resume=True))
+    assert trained == ["student on text_classification, prediction"]
+    assert (Path(result.folder) / "models" / "text_classification-student").is_dir()
+    assert {path.name for path in (Path(result.folder) / "models").iterdir()} == {
+        "text_classification-student",
+        "text_classification-teacher",
+    }
+
+
+def test_finished_teacher_is_not_thrown_away(task_settings_of, monkeypatch):
+    """A restart without resume that deletes hours of fine-tuning."""
+    finetune = task_stages.finetune
+
+    def stopping(*_, **__):
+        raise Killed
+
+    monkeypatch.setattr(task_stages, "finetune", stopping)
+    with pytest.raises(Killed):
+        run_experiment(task_settings_of(ONE, models=("student",)))
+    monkeypatch.setattr(task_stages, "finetune", finetune)
+    result = run_experiment(task_settings_of(ONE, models=("student",)))
+    folders = [path for path in Path(result.folder).parent.iterdir() if path.is_dir()]
+    assert len(folders) == 2
+    assert all((path / "models" / "text_classification-teacher").is_dir() for path in folders)
+
+
 # What is refused
 
 
@@ -348,6 +462,33 @@ UNKNOWN = {"name": "soft", "terms": {"soft": SOFT | {"alpha": 0.5}}}
         (
             {"task": ONE["task"] | {"task_training": {"max_steps": 3}}},
             r"task_training\.max_steps.*epochs",
+        ),
+        (
+            {"task": ONE["task"] | {"task_training": {"learning_rate": -1}}},
+            r"learning_rate=-1.0 must be a finite number above 0",
+        ),
+        (
+            {"task": ONE["task"] | {"task_training": {"batch_size": "x"}}},
+            r"task_training\.batch_size.*'x'",
+        ),
+        (
+            {"task": ONE["task"] | {"task_training": {"hidden_dropout": 1.5}}},
+            r"hidden_dropout=1.5 must be at least 0 and below 1",
+        ),
+        (
+            {"task": ONE["task"] | {"task_training": {"max_length": 500}}},
+            r"max_length=500.*above the 64 positions",
+        ),
+        (
+            {"task": ONE["task"] | {"task_training": {"max_train_examples": 5}}},
+            r"max_train_examples is the same in all stages",
+        ),
+        (
+            {
+                "pruned": {"student": {"vocabulary": "prune_to_corpus"}},
+                "soft": {"start": "pruned", "objective": {"name": "s", "terms": {"soft": SOFT}}},
+            },
+            r"stages\.soft.*terms\.soft.*tokens that the student has not",
         ),
         ({"task": ONE["task"], "after": {}}, r"stages\.after.*before those on a task"),
         ({"task": {"head_only": True}}, r"head_only=true needs data=task"),
@@ -372,6 +513,37 @@ def test_what_cannot_be_is_refused(task_settings_of, recipe, words):
     """Hours of fine-tuning before a mistake in the recipe is found."""
     with pytest.raises(ExperimentError, match=words):
         task_settings_of(recipe)
+
+
+def test_stages_need_the_student_among_the_models(task_settings_of):
+    """A run whose stages nobody runs, with the teacher's score for its own."""
+    with pytest.raises(ExperimentError, match=r"recipe\.models=\['teacher'\] has no student"):
+        task_settings_of(ONE, models=("teacher",))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("objective", r"objective=patient_kd makes no difference with recipe=two_step"),
+        ("relations", r"relations makes no difference with recipe=two_step, whose objectives"),
+    ],
+)
+def test_what_no_stage_reads_is_refused(compose_config, name, words):
+    """An objective that was asked for, and silently not used."""
+    config = compose_config("recipe=two_step", "task=rte", "objective=patient_kd")
+    with pytest.raises(ExperimentError, match=words):
+        parse(config, typed={name, "recipe", "task"})
+
+
+def test_search_and_a_stage_do_not_vary_the_same(task_settings_of):
+    """Cells of a search that are all trained with one learning rate."""
+    recipe = {"task": ONE["task"] | {"task_training": {"learning_rate": 1e-4}}}
+    more = {
+        "task_training.families.glue.grid": {"learning_rate": [1e-4, 2e-4]},
+        "task_training.search": "grid",
+    }
+    with pytest.raises(ExperimentError, match=r"learning_rate=0.0001.*search=grid varies it"):
+        task_settings_of(recipe, **more)
 
 
 def test_stage_on_a_task_needs_a_task(settings_of):
@@ -453,6 +625,15 @@ def test_what_nothing_reads_is_not_in_the_key(task_settings_of, change):
     """A finished run repeated for a setting that it never read."""
     keys = [run_key(task_settings_of(ONE, **values), "fp32", {}) for values in ({}, change)]
     assert keys[0] == keys[1]
+
+
+def test_limit_above_the_data_is_not_in_the_key(task_settings_of, trained):
+    """A student trained again for a limit that nothing reaches."""
+    run_experiment(task_settings_of(ONE, models=("student",)))
+    trained.clear()
+    more = {"task_training.max_train_examples": 5000, "models": ("student",)}
+    run_experiment(task_settings_of(ONE, **more))
+    assert not trained
 
 
 @pytest.mark.parametrize("recipe", ["task_specific", "mix_step", "two_step", "tinybert"])

@@ -555,6 +555,9 @@ class _BestEpoch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
             self.bar.update()
+        # What ends an epoch is saved when it has been scored.
+        if state.global_step % (state.max_steps // int(args.num_train_epochs)) == 0:
+            control.should_save = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not logs or "loss" not in logs:
@@ -567,8 +570,7 @@ class _BestEpoch(TrainerCallback):
         self.log_metrics({"loss": float(logs["loss"])}, state.global_step)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if args.save_strategy != "no" and state.global_step < state.max_steps:
-            control.should_save = control.should_log = True
+        control.should_save = control.should_log = args.save_strategy != "no"
         if not self.scores:
             return
         metrics, predictions = _evaluate(
