@@ -101,11 +101,11 @@ def trained(monkeypatch):
             super().__init__()
             self.errors = {}
 
-        def __call__(self, encoder, tokenizer, job, *arguments):
+        def __call__(self, encoder, tokenizer, job, *arguments, **named):
             self.append((job.name, job.seed))
             if (job.name, job.seed) in self.errors:
                 raise self.errors[job.name, job.seed]
-            return finetune(encoder, tokenizer, job, *arguments)
+            return finetune(encoder, tokenizer, job, *arguments, **named)
 
     recording = Recording()
     monkeypatch.setattr(downstream, "finetune", recording)
@@ -132,7 +132,7 @@ def test_interrupted_fine_tuning_goes_on(finetuning, children, trained, outputs)
     assert result.folder == left["folder"]
     assert result.scores["mrpc"] == left["scores"]["mrpc"]
     statuses = [child.info.status for child in children(result.run_id)]
-    assert sorted(statuses) == ["FINISHED"] * 4 + ["KILLED"]
+    assert statuses == ["FINISHED"] * 4
     models = {path.name for path in (Path(result.folder) / "models").iterdir()}
     assert models == {"mrpc-student", "cola-student"}
     trained.clear()

@@ -21,6 +21,7 @@ NO_RESULT_DEPENDS_ON = {
     "training.logging_steps",
     "training.evaluation_steps",
     "training.checkpoint_steps",
+    "task_training.checkpoint_steps",
     "training.keep_checkpoints",
 }
 # What stands behind these names and paths is in the fingerprints.

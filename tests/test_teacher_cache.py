@@ -1120,10 +1120,10 @@ def test_training_and_validation_have_their_own_states(tiny_bert, forwards, tmp_
             distiller.train(is_training)
             ids, index = blocks[0]["input_ids"][None], blocks[0]["index"][None]
             forwards.clear()
-            cached = distiller._teacher_states(ids, None, index)
+            cached = distiller._teacher_states({"input_ids": ids}, None, index)
             assert len(forwards) == (not is_cached)
             assert list(cached) == [State("key", 3)]
-            computed = distiller._teacher_states(ids, None, None)
+            computed = distiller._teacher_states({"input_ids": ids}, None, None)
             assert torch.equal(cached[State("key", 3)], computed[State("key", 3)])
     distiller.close()
     caches.close()
