@@ -94,8 +94,9 @@ def load_masked_lm(teacher: Teacher, encoder: PreTrainedModel) -> PreTrainedMode
     if missing:
         raise ExperimentError(
             f"teacher={teacher.name}: unavailable, because the checkpoint {source} has no head of"
-            f" masked language modelling ({missing[0]} is missing); choose a teacher that has one,"
-            " or an objective without the terms logits and labels"
+            f" masked language modelling ({missing[0]} is missing), whose predictions the terms"
+            " logits and labels compare on a corpus; choose a teacher that has one, another"
+            " objective, or recipe=task_specific for the predictions of a task"
         )
     return model.eval().requires_grad_(False)
 
