@@ -49,7 +49,7 @@ def job(config: DictConfig) -> float | None:
 
 
 def _run(config: DictConfig, hydra_config: Any) -> float | None:
-    from minilm_exp.settings import parse
+    from minilm_exp.parsing import parse
 
     chosen = hydra_config.runtime.choices
     typed = {override.split("=")[0].lstrip("+~") for override in hydra_config.overrides.task}

@@ -19,8 +19,9 @@ from minilm_exp.corpus import fingerprint_corpus, prepare_corpus
 from minilm_exp.distil import distil
 from minilm_exp.documents import read_documents, sentences
 from minilm_exp.objectives import build_objective
+from minilm_exp.parsing import parse
 from minilm_exp.precision import resolve_precision
-from minilm_exp.settings import Corpus, Settings, parse
+from minilm_exp.settings import Corpus, Settings
 from minilm_exp.student import build_student
 from minilm_exp.teacher import load_encoder, load_tokenizer
 from minilm_exp.teacher_cache import Plan, TeacherCaches

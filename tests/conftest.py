@@ -71,7 +71,7 @@ def settings_for(compose_config, tmp_path):
 
     What is in `values` is set after composing, which is slow and done once for equal overrides.
     """
-    from minilm_exp.settings import parse
+    from minilm_exp.parsing import parse
 
     def parsed(*overrides, values=None, teacher_was_chosen=True):
         config = compose_config(*overrides)
@@ -145,7 +145,7 @@ def tiny_teacher_folder(tiny_bert, tiny_tokenizer, tmp_path_factory):
 @pytest.fixture
 def settings_of(compose_config, tiny_teacher_folder, tmp_path):
     """Settings of a recipe that a user wrote, on a tiny teacher of 4 layers and 32 dimensions."""
-    from minilm_exp.settings import parse
+    from minilm_exp.parsing import parse
 
     text = tmp_path / "text.txt"
     passages = [f"the model number {i} and the teacher" for i in range(400)]

@@ -22,7 +22,7 @@ from minilm_exp.corpus import fingerprint_corpus, prepare_corpus
 from minilm_exp.distil import distil, last_whole_checkpoint
 from minilm_exp.errors import ExperimentError
 from minilm_exp.objectives import build_objective
-from minilm_exp.settings import parse
+from minilm_exp.parsing import parse
 from minilm_exp.states import StateTap, qkv_states
 from minilm_exp.student import build_student, untrained_parameters
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from minilm_exp import downstream
 from minilm_exp.downstream import Model, Scoring, load_tasks
 from minilm_exp.errors import ExperimentError
-from minilm_exp.settings import parse
+from minilm_exp.parsing import parse
 from minilm_exp.student import load_checkpoint, set_dropout
 from minilm_exp.task_settings import Family, Files, Grid, HubData, NextPassage, TaskTraining
 from minilm_exp.tasks.finetune import Scored

@@ -29,8 +29,8 @@ from transformers import (
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.objective_settings import Objective, parse_terms
+from minilm_exp.parsing import parse
 from minilm_exp.provenance import fingerprint_text
-from minilm_exp.settings import parse
 from minilm_exp.task_settings import Task, TaskSettings
 from minilm_exp.tasks import finetune as finetune_module
 from minilm_exp.tasks.encode import encode

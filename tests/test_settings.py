@@ -12,7 +12,8 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 from minilm_exp.errors import ExperimentError
-from minilm_exp.settings import as_dict, flatten, parse
+from minilm_exp.parsing import parse
+from minilm_exp.settings import as_dict, flatten
 from minilm_exp.task_settings import Task
 
 CONF = REPOSITORY / "conf"

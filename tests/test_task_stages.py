@@ -16,9 +16,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from minilm_exp import task_stages
 from minilm_exp.errors import ExperimentError
+from minilm_exp.parsing import parse
 from minilm_exp.pipeline import run_experiment
 from minilm_exp.provenance import run_key
-from minilm_exp.settings import parse
 from minilm_exp.tasks import finetune as finetune_module
 
 pytestmark = pytest.mark.usefixtures("quick_collection")
