@@ -799,7 +799,7 @@ def test_full_traceback_on_demand(tmp_path, smoke):
     done = run(tmp_path / "outputs", *overrides, HYDRA_FULL_ERROR="1")
     assert done.status != 0
     assert "Traceback" in done.stderr
-    assert "settings.py" in done.stderr
+    assert "checks.py" in done.stderr
 
 
 def test_inputs_that_cannot_be_used(finished, copied, smoke, tmp_path):
