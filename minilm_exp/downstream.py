@@ -209,6 +209,10 @@ class Scoring:
     def _model_folder(self, name: str, role: str) -> Path:
         return self.folder / "models" / f"{name}-{role}"
 
+    def _place(self, key: str) -> Path:
+        """What an interrupted fine-tuning goes on from."""
+        return self.folder / "finetuning" / key
+
     def _keeps(self, role: str) -> bool:
         """Whether the fine-tuned model stays, also because a stage needs it as its teacher."""
         stages = () if self.stages is None else self.stages.stages
@@ -222,7 +226,7 @@ class Scoring:
         """One fine-tuning as a run of its own, or what an earlier one of the same content gave."""
         stages = self.stages if role == "student" else None
         key = _key(job, model.fingerprint if stages is None else stages.fingerprint(job))
-        place = self.folder / "finetuning" / key
+        place = self._place(key)
         file = self.settings.outputs / "finetuned" / f"{key}.json"
         done = self.folder / "finetuned" / key
         stored = _read(file, job)
@@ -289,7 +293,7 @@ class Scoring:
         kept: _Kept,
     ) -> Scored:
         """Goes on from the last checkpoint of an interrupted fine-tuning."""
-        place = self.folder / "finetuning" / key
+        place = self._place(key)
         folder = kept.next_folder if self._keeps(role) else None
         if job.task.kind == "similarity":
             return score_similarity(model.encoder, model.tokenizer, job)
@@ -318,7 +322,7 @@ class Scoring:
             "%s on %s: trained again, because its result was kept but not its model", role, name
         )
         title, job = f"{role} on {name}, trained again", kept.best.job
-        place = self.folder / "finetuning" / kept.best.key
+        place = self._place(kept.best.key)
         tags = {"task": name, "role": role, "seed": str(job.seed)}
         child = self.tracker.child(title, tags, place / "run_id")
         try:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minilm_exp.states import LOGITS, SPAN_LOGITS, State
-from minilm_exp.terms import States, Term, is_real, sum_of
+from minilm_exp.terms import States, Term, exact, is_real, sum_of
 
 # What stands in the place of a label where there is none.
 NO_LABEL = -100
@@ -87,9 +87,7 @@ class SoftLabels(Term):
         self, teacher: Tensor, student: Tensor, is_class: Tensor | None = None
     ) -> Tensor:
         """Over the last dimension, of which a mask may say what are classes at all."""
-        teacher, student = (
-            side.to(torch.promote_types(side.dtype, torch.float32)) for side in (teacher, student)
-        )
+        teacher, student = exact(teacher), exact(student)
         if self.distance == "mse":
             squares = _filled(student - teacher, is_class, 0).square()
             return squares.mean(-1) if is_class is None else squares.sum(-1) / is_class.sum(-1)
@@ -144,17 +142,14 @@ def label_loss(
     head: str, logits: Mapping[State, Tensor], attention_mask: Tensor | None, labels: Tensor
 ) -> Tensor:
     """See `HardLabels`; of spans the library's own loss lets an answer begin in the padding."""
-    exact = {
-        state: logits[state].to(torch.promote_types(logits[state].dtype, torch.float32))
-        for state in head_states(head)
-    }
+    predicted = [exact(logits[state]) for state in head_states(head)]
     if head == "spans":
         losses = []
-        for column, tensor_BS in enumerate(exact.values()):
+        for column, tensor_BS in enumerate(predicted):
             real_BS = tensor_BS.masked_fill(~is_real(attention_mask, tensor_BS), -math.inf)
             losses.append(nn.functional.cross_entropy(real_BS, labels[:, column]))
         return torch.stack(losses).mean()
-    values = exact[State(LOGITS)]
+    (values,) = predicted
     if head == "regression":
         return nn.functional.mse_loss(values[:, 0], labels.to(values.dtype))
     if head == "classification":

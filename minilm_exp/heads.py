@@ -116,7 +116,6 @@ def add_masked_lm_head(
     """
     torch.manual_seed(seed)
     model = AutoModelForMaskedLM.from_config(copy.deepcopy(encoder.config), dtype=torch.float32)
-    put_under_head(model, encoder, "masked language modelling")
     if of_teacher:
         own = model.state_dict()
         prefix = f"{model.base_model_prefix}."
@@ -129,5 +128,6 @@ def add_masked_lm_head(
             strict=False,
         )
         model.tie_weights()
-        put_under_head(model, encoder, "masked language modelling")
+    # Last, because tied output embeddings came with the teacher's head.
+    put_under_head(model, encoder, "masked language modelling")
     return model

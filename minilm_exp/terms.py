@@ -154,7 +154,7 @@ class AttentionScores(Term):
 
     def _scores(self, states: list[Tensor]) -> Tensor:
         query, key = (
-            _exact(state).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for state in states
+            exact(state).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for state in states
         )
         return query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
 
@@ -236,7 +236,7 @@ class StateDistance(Term):
         return total, total.detach()[None]
 
     def _projected(self, number: int, state: Tensor) -> Tensor:
-        state = _exact(state)
+        state = exact(state)
         if not len(self.projections):
             return state
         projected: Tensor = self.projections[min(number, len(self.projections) - 1)](state)
@@ -244,7 +244,7 @@ class StateDistance(Term):
 
     def _loss(self, teacher: Tensor, student: Tensor, attention_mask: Tensor | None) -> Tensor:
         is_real_BS = None if student.dim() == 2 else is_real(attention_mask, student)
-        sides = [_without_padding(side, is_real_BS) for side in (_exact(teacher), student)]
+        sides = [_without_padding(side, is_real_BS) for side in (exact(teacher), student)]
         for transform in self.transforms:
             sides = [_TRANSFORMS[transform](side, is_real_BS) for side in sides]
         losses = self.distance(*sides)  # (B) or (B, S)
@@ -303,7 +303,8 @@ _DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def _exact(state: Tensor) -> Tensor:
+def exact(state: Tensor) -> Tensor:
+    """In float32, or float64 where it is that already."""
     return state.to(torch.promote_types(state.dtype, torch.float32))
 
 

@@ -282,9 +282,8 @@ def with_head(encoder: PreTrainedModel, job: Finetuning) -> PreTrainedModel:
         if data.label_names is not None:
             config.id2label = dict(enumerate(data.label_names))
             config.label2id = {name: number for number, name in enumerate(data.label_names)}
-    auto = AutoModelForQuestionAnswering if kind == "spans" else AutoModelForSequenceClassification
     try:
-        model = auto.from_config(config, dtype=torch.float32)
+        model = _class_of(kind).from_config(config, dtype=torch.float32)
     except ValueError as error:
         raise ExperimentError(
             f"transformers has no {kind} head for {config.model_type}: leave {job.name} out of task"
@@ -303,9 +302,12 @@ def with_head(encoder: PreTrainedModel, job: Finetuning) -> PreTrainedModel:
 
 def load_finetuned(folder: Path, kind: str) -> PreTrainedModel:
     """A fine-tuned model as `finetune` saved it, with its head."""
-    auto = AutoModelForQuestionAnswering if kind == "spans" else AutoModelForSequenceClassification
-    model: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32)
+    model: PreTrainedModel = _class_of(kind).from_pretrained(folder, dtype=torch.float32)
     return model
+
+
+def _class_of(kind: str) -> Any:
+    return AutoModelForQuestionAnswering if kind == "spans" else AutoModelForSequenceClassification
 
 
 @dataclass(frozen=True)
