@@ -93,7 +93,7 @@ def load_tasks(
         cells = settings.task_training.cells(name, task)
         limits = {cell.max_validation_examples for cell in cells}
         taken = cells[0].max_train_examples
-        if taken is not None and taken < len(data.train) and task.kind != "similarity":
+        if taken is not None and taken < len(data.train) and task.is_trained:
             _log.info(
                 "%s: trained on %d of %d examples (task_training.max_train_examples)",
                 name, taken, len(data.train),
@@ -155,7 +155,7 @@ class Scoring:
     def _score(self, name: str, data: TaskData, role: str, model: Model) -> TaskScore:
         task, training = self.settings.tasks[name], self.settings.task_training
         # Nothing of it is trained, so nothing hangs on settings or seed.
-        is_fixed = task.kind == "similarity"
+        is_fixed = not task.is_trained
         all_settings = training.cells(name, task)[: 1 if is_fixed else None]
         cells: list[Cell] = []
         best: Cell | None = None
@@ -186,7 +186,7 @@ class Scoring:
                 f"{role} on {name}: none of the {len(cells)} cells of the search could be trained;"
                 f" the last: {cells[-1].error}"
             )
-        if self._keeps(role) and task.kind != "similarity":
+        if self._keeps(role) and task.is_trained:
             self._keep_best(name, role, model, kept)
         kept.close()
         outcome = TaskScore(best, cells)
@@ -295,7 +295,7 @@ class Scoring:
         """Goes on from the last checkpoint of an interrupted fine-tuning."""
         place = self._place(key)
         folder = kept.next_folder if self._keeps(role) else None
-        if job.task.kind == "similarity":
+        if not job.task.is_trained:
             return score_similarity(model.encoder, model.tokenizer, job)
         if role == "student" and self.stages is not None:
             return self.stages.run(
@@ -486,7 +486,7 @@ def _key(job: Finetuning, weights: str) -> str:
         definition.pop(name, None)
     settings = {n: v for n, v in asdict(job.settings).items() if n not in LIMITS}
     seed: int | None = job.seed
-    if job.task.kind == "similarity":
+    if not job.task.is_trained:
         settings, seed = {"max_length": job.settings.max_length}, None  # nothing is trained
     else:
         definition.pop("pooling", None)

@@ -222,7 +222,7 @@ def _check_head(stage: Stage, earlier: dict[str, Stage]) -> None:
                 " set student.vocabulary=full"
             )
         return
-    fixed = [name for name, task in settings.tasks.items() if task.kind == "similarity"]
+    fixed = [name for name, task in settings.tasks.items() if not task.is_trained]
     if not settings.tasks or fixed:
         named = f"task={fixed[0]} trains nothing" if fixed else "there is no task"
         raise ExperimentError(f"data=task needs tasks to learn, but {named}: set task=NAME")

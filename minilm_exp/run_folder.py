@@ -41,7 +41,7 @@ def finished_run(settings: Settings, key: str) -> Result | None:
     needed = []
     if settings.recipe.name != "finetune" and settings.origin.settings.data == "corpus":
         needed.append("student/config.json")
-    is_trained = any(task.kind != "similarity" for task in settings.tasks.values())
+    is_trained = any(task.is_trained for task in settings.tasks.values())
     if settings.recipe.keep_models and is_trained:
         needed.append("models")
     elif not needed:

@@ -38,6 +38,7 @@ class NextPassage:
     score: ClassVar[str] = "accuracy"
     selected_by: ClassVar[str] = "accuracy"
     num_labels: ClassVar[int] = 2
+    is_trained: ClassVar[bool] = True
 
 
 @dataclass
@@ -59,7 +60,7 @@ class HubData:
 class Files:
     """The user's own data, a file (or several that a glob names) for each split."""
 
-    train: str
+    train: Optional[str] = None
     validation: Optional[str] = None
     test: Optional[str] = None
 
@@ -75,7 +76,7 @@ class Task:
         family: Which of the option's settings train it.
         data: Where its data are; `files` instead for the user's own.
         train_data: Where the training split is, if elsewhere.
-        train: Name of the training split.
+        train: Name of the training split; similarity needs none.
         validation: Names of the validation splits; none: a share of the training split.
         test: Names of the test splits, which are scored with task_training.test=true only.
         held_out_fraction: The share of the training split that validates where no split does.
@@ -114,6 +115,11 @@ class Task:
     num_labels: Optional[int] = None
     null_threshold: float = 0.0
     pooling: str = "mean"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a model is fine-tuned on it before it is scored."""
+        return self.kind != "similarity"
 
     @property
     def selected_by(self) -> str:
@@ -367,8 +373,14 @@ def _check_task(name: str, task: Task) -> None:
         raise ExperimentError(
             f"{where}.text_columns={task.text_columns} must name one or two columns"
         )
-    if task.kind == "similarity" and len(task.text_columns) != 2:
-        raise ExperimentError(f"{where}.text_columns={task.text_columns}: similarity needs two")
+    if task.files is not None and task.is_trained and task.files.train is None:
+        raise ExperimentError(f"{where}.files.train is missing: a file, or a glob of several")
+    if task.kind == "similarity":
+        if len(task.text_columns) != 2:
+            raise ExperimentError(f"{where}.text_columns={task.text_columns}: similarity needs two")
+        if not (task.validation if task.files is None else task.files.validation):
+            setting = "validation" if task.files is None else "files.validation"
+            raise ExperimentError(f"{where}.{setting} is missing: similarity is scored on it")
     if task.pooling not in ("mean", "first_token"):
         raise ExperimentError(f"{where}.pooling={task.pooling} is not mean or first_token")
     if task.kind == "classification" and task.num_labels is not None and task.num_labels < 2:

@@ -644,6 +644,22 @@ WRONG_VALUES = {
         "tasks.mrpc.metric",
     ),
     "no user file": (["task=text_classification"], "tasks.text_classification.files.train"),
+    "no training file": (
+        ["task=mrpc", "tasks.mrpc.data=null", "+tasks.mrpc.files={validation: mine.csv}"],
+        "tasks.mrpc.files.train is missing",
+    ),
+    "nothing to compare": (
+        ["task=stsb_similarity", "tasks.stsb_similarity.validation=[]"],
+        "tasks.stsb_similarity.validation is missing",
+    ),
+    "no file to compare": (
+        [
+            "task=stsb_similarity",
+            "tasks.stsb_similarity.data=null",
+            "+tasks.stsb_similarity.files={test: mine.csv}",
+        ],
+        "tasks.stsb_similarity.files.validation is missing",
+    ),
     "family": (
         ["task=mrpc", "tasks.mrpc.family=nothing"],
         "tasks.mrpc.family=nothing: the chosen task_training has settings for glue",

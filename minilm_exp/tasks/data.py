@@ -35,7 +35,7 @@ def load_task(name: str, task: Task, splits: Splits) -> TaskData:
     Raises:
         ExperimentError: A column is missing, a label is out of range, a split is empty.
     """
-    sources = {"train": splits.train}
+    sources = {} if splits.train is None else {"train": splits.train}
     sources |= {f"validation/{part}": split for part, split in splits.validation.items()}
     sources |= {f"test/{part}": split for part, split in splits.test.items()}
     tables = {key: read_table(task, split) for key, split in sources.items()}
@@ -63,7 +63,7 @@ def load_task(name: str, task: Task, splits: Splits) -> TaskData:
         columns = convert(task, table)
         # Of what is read, not of the file: the settings say which columns of it.
         examples[key] = Examples(Dataset.from_dict(columns), fingerprint_text(repr(columns)))
-    train = examples["train"]
+    train = examples.get("train", Examples(Dataset.from_dict({}), ""))
     validation = {part: examples[f"validation/{part}"] for part in splits.validation}
     if not validation:
         train, held_out = _hold_out(name, train, task.held_out_fraction)

@@ -36,7 +36,7 @@ def part_name(split: str, part: str) -> str:
 
 @dataclass(frozen=True)
 class TaskData:
-    """Examples to train on and to score on.
+    """Examples to train on (none of similarity) and to score on.
 
     The parts to score on are named by their split's suffix (matched) or their language; the only
     one of a task has the name "". `label_names` are those of a task whose labels are names.

@@ -44,15 +44,17 @@ class Split:
 
 @dataclass(frozen=True)
 class Splits:
-    """Where all that a run reads of a task lies."""
+    """Where all that a run reads of a task lies; `train` is None where nothing is trained."""
 
-    train: Split
+    train: Split | None
     validation: dict[str, Split]
     test: dict[str, Split]
 
     def fingerprint(self) -> str:
         """Names the content of all of it."""
-        parts = [("", self.train), *self.validation.items(), *self.test.items()]
+        parts = [*self.validation.items(), *self.test.items()]
+        if self.train is not None:
+            parts.insert(0, ("", self.train))
         return fingerprint_text(" ".join(f"{part} {split.fingerprint()}" for part, split in parts))
 
 
@@ -88,7 +90,9 @@ def find_splits(name: str, task: Task, data_root: str | None, with_test: bool) -
             f" tasks.{name}.all_languages={task.all_languages}"
         )
     find = functools.partial(_find, name, data_root)
-    train = find(task.train_data or task.data, task.train, task.train_language)
+    train = None
+    if task.is_trained:
+        train = find(task.train_data or task.data, task.train, task.train_language)
     validation: dict[str, Split] = {}
     test: dict[str, Split] = {}
     absent: dict[str, None] = {}
@@ -196,7 +200,8 @@ def _user_files(name: str, task: Task, with_test: bool) -> Splits:
     found: dict[str, Split] = {}
     for split in ("train", "validation", "test"):
         pattern = getattr(task.files, split)
-        if pattern is None or (split == "test" and not with_test):
+        is_read = {"train": task.is_trained, "validation": True, "test": with_test}
+        if pattern is None or not is_read[split]:
             continue
         files = tuple(matching_files(pattern))
         if not files:
@@ -214,4 +219,4 @@ def _user_files(name: str, task: Task, with_test: bool) -> Splits:
     validation, test = (
         {"": found[split]} if split in found else {} for split in ("validation", "test")
     )
-    return Splits(found["train"], validation, test)
+    return Splits(found.get("train"), validation, test)
