@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -24,31 +24,49 @@ from omegaconf.errors import OmegaConfBaseException
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.redaction import redact
+from minilm_exp.resolvers import register_resolvers
 
-REPOSITORY = Path(__file__).resolve().parent
+if TYPE_CHECKING:
+    from minilm_exp.sweeping import Session
+
 _failed_jobs: list[str] = []
 _finished_jobs: list[tuple[list[str], Any]] = []
 
-OmegaConf.register_resolver("repository", lambda: str(REPOSITORY))
+register_resolvers()
 
 
-@hydra.main(config_path="conf", config_name="config")
-def job(config: DictConfig) -> float | None:
-    """One run; its score is what a sweep maximises."""
+@hydra.main(
+    config_path="conf", config_name="config", execution_whitelist=("minilm_exp.sweeping.*",)
+)
+def job(config: DictConfig) -> float | tuple[float | None, ...] | None:
+    """One run; its score, or what else it is to return, is what a sweep goes by."""
     hydra_config = HydraConfig.get()
-    if hydra_config.mode == RunMode.MULTIRUN:
-        _redact_file(Path(hydra_config.sweep.dir) / "multirun.yaml")
+    sweep = hydra_config.runtime.choices.get("sweeps")
+    if hydra_config.mode != RunMode.MULTIRUN:
+        if sweep is not None:
+            raise ExperimentError(f"sweeps={sweep} is a study of many runs: add -m")
+        return _run(config, hydra_config, None)
+    _redact_file(Path(hydra_config.sweep.dir) / "multirun.yaml")
+    session = None
+    if sweep is not None:
+        from minilm_exp.sweeping import Session
+
+        session = Session.read(Path(hydra_config.sweep.dir))
     try:
-        return _run(config, hydra_config)
+        return _run(config, hydra_config, session)
     except Exception as error:
-        if hydra_config.mode == RunMode.MULTIRUN:
-            name = f"job {hydra_config.job.num} ({hydra_config.job.override_dirname})"
-            _failed_jobs.append(f"{name}: {_explain(error)}")
-            print(f"error in {redact(_failed_jobs[-1])}", file=sys.stderr)
+        reason = redact(_explain(error))
+        name = f"job {hydra_config.job.num} ({hydra_config.job.override_dirname})"
+        _failed_jobs.append(f"{name}: {reason}")
+        print(f"error in {redact(_failed_jobs[-1])}", file=sys.stderr)
+        if session is not None:
+            session.failed(hydra_config.job.num, reason)
         raise
 
 
-def _run(config: DictConfig, hydra_config: Any) -> float | None:
+def _run(
+    config: DictConfig, hydra_config: Any, session: Session | None
+) -> float | tuple[float | None, ...] | None:
     from minilm_exp.parsing import parse
 
     chosen = hydra_config.runtime.choices
@@ -67,11 +85,15 @@ def _run(config: DictConfig, hydra_config: Any) -> float | None:
     from minilm_exp.result import Result
     from minilm_exp.summary import print_summary
 
-    outcome = run_experiment(settings, *_grid(hydra_config))
+    trial = None if session is None else session.trial(hydra_config.job.num)
+    outcome = run_experiment(settings, *_grid(hydra_config, session), trial)
     if isinstance(outcome, Result):
         print_summary(settings, outcome)
         _finished_jobs.append((list(hydra_config.overrides.task), outcome))
-        return outcome.score
+        if session is not None:
+            session.finished(hydra_config.job.num, outcome)
+        values = tuple(outcome.trial_value(name) for name in settings.trial_values)
+        return values if len(values) > 1 else values[0]
     print(
         f"corpus ready in {outcome.folder}: {outcome.num_documents} documents,"
         f" {len(outcome.train)} examples ({outcome.train.num_tokens} tokens) to train on,"
@@ -80,7 +102,7 @@ def _run(config: DictConfig, hydra_config: Any) -> float | None:
     return None
 
 
-def _grid(hydra_config: Any) -> tuple[int, int]:
+def _grid(hydra_config: Any, session: Session | None) -> tuple[int, int]:
     """Of this multirun: runs of one seed that share teacher, layer and corpus, and seeds.
 
     A search counts its trials, if none of them changes those.
@@ -88,23 +110,33 @@ def _grid(hydra_config: Any) -> tuple[int, int]:
     if hydra_config.mode != RunMode.MULTIRUN:
         return 1, 1
     sweeper = hydra_config.sweeper
-    if "n_trials" in sweeper:
+    if session is not None and session.sizes:
+        sizes = session.sizes
+    elif "n_trials" in sweeper:
         searched = [str(name) for name in (sweeper.get("params") or {})]
         shares = not any(name.startswith(_CACHE_CHANGES) for name in searched)
         return (int(sweeper.n_trials) if shares else 1), 1
-    record = OmegaConf.load(Path(hydra_config.sweep.dir) / "multirun.yaml")
+    else:
+        sizes = _sizes(OmegaConf.load(Path(hydra_config.sweep.dir) / "multirun.yaml"))
+    num_cells = num_seeds = 1
+    for name, number in sizes.items():
+        if name == "seed":
+            num_seeds *= number
+        elif not name.startswith(_CACHE_CHANGES):
+            num_cells *= number
+    return num_cells, num_seeds
+
+
+def _sizes(record: Any) -> dict[str, int]:
+    """How many values each setting has in the grid of Hydra's own sweeper."""
     grid = [*record.hydra.overrides.task]
     grid += [f"{name}={values}" for name, values in (record.hydra.sweeper.params or {}).items()]
-    num_cells = num_seeds = 1
+    sizes = {}
     for override in OverridesParser.create().parse_overrides(grid):
-        if override.is_sweep_override() and not override.key_or_group.startswith(_CACHE_CHANGES):
+        if override.is_sweep_override():
             is_glob = override.value_type == ValueType.GLOB_CHOICE_SWEEP
-            number = 2 if is_glob else len(list(override.sweep_iterator()))
-            if override.key_or_group == "seed":
-                num_seeds *= number
-            else:
-                num_cells *= number
-    return num_cells, num_seeds
+            sizes[override.key_or_group] = 2 if is_glob else len(list(override.sweep_iterator()))
+    return sizes
 
 
 # What gives each cell teacher states of its own.
@@ -116,6 +148,7 @@ _CACHE_CHANGES = (
     "training.precision",
     "outputs_dir",
     "objective",
+    "method",
     "recipe",
     "student.vocabulary",
     "student.min_token_count",

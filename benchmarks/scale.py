@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.measure import REPOSITORY
@@ -21,6 +20,7 @@ from minilm_exp.documents import read_documents, sentences
 from minilm_exp.objectives import build_objective
 from minilm_exp.parsing import parse
 from minilm_exp.precision import resolve_precision
+from minilm_exp.resolvers import register_resolvers
 from minilm_exp.settings import Corpus, Settings
 from minilm_exp.student import build_student
 from minilm_exp.teacher import load_encoder, load_tokenizer
@@ -29,8 +29,7 @@ from minilm_exp.teacher_cache import Plan, TeacherCaches
 
 def settings(*overrides: str) -> Settings:
     """Default settings with overrides, as run.py would compose them."""
-    if not OmegaConf.has_resolver("repository"):
-        OmegaConf.register_resolver("repository", lambda: str(REPOSITORY))
+    register_resolvers()
     with initialize_config_dir(str(REPOSITORY / "conf")):
         typed = {override.split("=")[0] for override in overrides}
         return parse(compose("config", list(overrides)), "teacher" in typed, typed)

@@ -13,6 +13,7 @@ from minilm_exp.errors import ExperimentError
 from minilm_exp.objective_settings import STATE_LETTERS, RelationTerm, check_terms
 from minilm_exp.settings import (
     ROLES,
+    TRIAL_VALUES,
     Baseline,
     Settings,
     init_layers,
@@ -86,6 +87,7 @@ def check_values(settings: Settings) -> None:
         ("student.vocabulary", student.vocabulary, ("full", "prune_to_corpus")),
         ("corpus.split", settings.corpus.split, ("document", "sentence")),
         *(("recipe.models", name, ROLES) for name in settings.recipe.models),
+        *(("trial_values", name, TRIAL_VALUES) for name in settings.trial_values),
         ("training.precision", training.precision, ("auto", "fp32", "bf16")),
         ("runtime.teacher_cache", runtime.teacher_cache, ("auto", "true", "false")),
         ("runtime.relation_kernel", runtime.relation_kernel, ("auto", "block", "triton")),

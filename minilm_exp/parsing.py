@@ -70,6 +70,8 @@ def parse(
     student_facts = _complete_student(config)
     notes = _complete_teacher(config, teacher_was_chosen, typed)
     try:
+        # ${teacher.hidden_size} is that of the run's teacher, also in a stage that has another.
+        OmegaConf.resolve(config.student)
         merged = OmegaConf.merge(OmegaConf.structured(Settings), config)
         settings = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:

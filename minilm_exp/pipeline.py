@@ -13,6 +13,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from minilm_exp.claims import claim
 from minilm_exp.corpus import PreparedCorpus, fingerprint_corpus, prepare_corpus
 from minilm_exp.downstream import Scoring, find_tasks, load_tasks
 from minilm_exp.errors import ExperimentError
@@ -20,6 +21,7 @@ from minilm_exp.export import write_model_card
 from minilm_exp.precision import resolve_precision
 from minilm_exp.provenance import (
     RESULTS_VERSION,
+    device_name,
     fingerprint_files,
     fingerprint_model,
     fingerprint_text,
@@ -30,7 +32,7 @@ from minilm_exp.provenance import (
 from minilm_exp.redaction import redact
 from minilm_exp.relations import resolve_kernel
 from minilm_exp.result import Result, read_result
-from minilm_exp.run_folder import choose_folder, finished_run, occupied, run_name
+from minilm_exp.run_folder import choose_folder, finished_run, run_name, take_folder
 from minilm_exp.settings import Settings, as_dict, flatten
 from minilm_exp.speed import measure_speedup
 from minilm_exp.stages import Chain, open_corpus
@@ -48,13 +50,14 @@ from minilm_exp.teacher import (
     load_tokenizer,
     random_encoder,
 )
-from minilm_exp.tracking import Tracker, end_interrupted, start_tracking
+from minilm_exp.tracking import Tracker, end_interrupted, start_tracking, tag_run
+from minilm_exp.trial import Trial
 
 _log = logging.getLogger(__name__)
 
 
 def run_experiment(
-    settings: Settings, num_cells: int = 1, num_seeds: int = 1
+    settings: Settings, num_cells: int = 1, num_seeds: int = 1, trial: Trial | None = None
 ) -> Result | PreparedCorpus:
     """Runs the recipe, or returns the run with the same key that has already finished.
 
@@ -62,6 +65,7 @@ def run_experiment(
         settings: The run.
         num_cells: Runs of its grid, for one seed, that read the same teacher states.
         num_seeds: Seeds of its grid.
+        trial: Its place in a sweep. Where another process computes the same run, it waits then.
 
     Raises:
         ExperimentError: Something that the user can change stops the run. What was recorded until
@@ -76,17 +80,21 @@ def run_experiment(
     try:
         precision, inputs, splits = _identify(settings)
     except ExperimentError as error:
-        _record_unstarted(settings, error)
+        _record_unstarted(settings, error, trial)
         raise
     key = run_key(settings, precision, inputs)
     made_by = _distillation_run(settings)
-    finished = finished_run(settings, key)
-    if finished is not None and not (settings.rerun or settings.profile):
-        _log.info("already finished: %s (rerun=true runs it again)", finished.folder)
-        return finished
-    folder, interrupted = choose_folder(settings, key)
-    with occupied(folder, settings.resume) as left:
-        tracker = _start(settings, left, interrupted, made_by)
+    with claim(settings.outputs, key, trial is not None):
+        finished = finished_run(settings, key)
+        if finished is not None and not (settings.rerun or settings.profile):
+            _log.info("already finished: %s (rerun=true runs it again)", finished.folder)
+            if trial is not None:
+                trial.started(finished.run_id)
+                tag_run(settings.tracking.uri, finished.run_id, trial.tags)
+            return finished
+        folder, interrupted = choose_folder(settings, key)
+        left = take_folder(folder, settings.resume)
+        tracker = _start(settings, left, interrupted, made_by, trial)
         result = Result(
             run_id=tracker.run_id,
             run_key=key,
@@ -291,16 +299,25 @@ def _measure(
 
 
 def _start(
-    settings: Settings, left: Result | None, interrupted: list[str], made_by: Result | None
+    settings: Settings,
+    left: Result | None,
+    interrupted: list[str],
+    made_by: Result | None,
+    trial: Trial | None,
 ) -> Tracker:
+    """Below the run of the sweep, or that which made the checkpoint."""
+    parent_id = made_by.run_id if made_by is not None else None
     tracker = start_tracking(
         settings.tracking.uri,
         settings.tracking.experiment,
         settings.outputs,
         run_name(settings),
         left.run_id if left is not None and settings.resume else None,
-        None if made_by is None else made_by.run_id,
+        trial.parent_id if trial is not None else parent_id,
     )
+    if trial is not None:
+        trial.started(tracker.run_id)
+        tracker.set_tags(trial.tags)
     for run_id in interrupted:
         if run_id != tracker.run_id:
             end_interrupted(settings.tracking.uri, run_id)
@@ -317,10 +334,10 @@ def _distillation_run(settings: Settings) -> Result | None:
     return read_result(folder)
 
 
-def _record_unstarted(settings: Settings, error: ExperimentError) -> None:
+def _record_unstarted(settings: Settings, error: ExperimentError, trial: Trial | None) -> None:
     """A run that failed before anything could be computed is in MLflow too."""
     try:
-        tracker = _start(settings, None, [], _distillation_run(settings))
+        tracker = _start(settings, None, [], _distillation_run(settings), trial)
         tracker.log_params(_params(settings))
         tracker.set_tags({"error": str(error), "seed": str(settings.seed)})
         tracker.finish("FAILED")
@@ -343,6 +360,7 @@ def _params(settings: Settings) -> dict[str, Any]:
                 "num_relation_heads": settings.relation_set.num_relation_heads,
             }
     left_out = {"runtime", "tracking", "outputs_dir", "data_root", "resume", "rerun", "profile"}
+    left_out |= {"trial_values", "num_trials"}
     left_out |= set(settings.unread_groups)
     # Each fine-tuning is a run that names its own settings.
     families = ("task_training.families.", "task_training.exceptions.")
@@ -365,16 +383,20 @@ def _record_setting(
     config_file.write_text(redact(yaml.safe_dump(as_dict(settings), sort_keys=False)), "utf-8")
     tracker.log_params(_params(settings) | {"precision": precision})
     git = git_state()
+    result.made_by = {
+        "git_commit": git["commit"],
+        "git_dirty": git["dirty"],
+        "results_version": str(RESULTS_VERSION),
+        "precision": precision,
+        "device": device_name(settings.runtime.device),
+        "threads": str(torch.get_num_threads()),
+    }
     tracker.set_tags(
         {
             "run_key": result.run_key,
             "run_folder": result.folder,
             "seed": str(settings.seed),
-            "git_commit": git["commit"],
-            "git_dirty": git["dirty"],
-            "results_version": str(RESULTS_VERSION),
-            "device": settings.runtime.device,
-            "threads": str(torch.get_num_threads()),
+            **{name: value for name, value in result.made_by.items() if name != "precision"},
             "meaningful": str(result.meaningful).lower(),
             **{f"version.{name}": version for name, version in versions().items()},
             **{f"input.{name}": fingerprint for name, fingerprint in inputs.items()},

@@ -6,22 +6,24 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from transformers import PreTrainedTokenizerFast
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.precision import teacher_dtype
+from minilm_exp.resolvers import REPOSITORY
 from minilm_exp.settings import Settings, as_dict
 
 # Raised by every change that CHANGELOG.md declares "changes results".
 RESULTS_VERSION = 3
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "mlflow", "hydra-core")
 _MODEL_FILES = (
@@ -61,6 +63,7 @@ def _plain(settings: Settings, precision: str) -> dict[str, Any]:
     plain = as_dict(settings)
     for name in ("runtime", "tracking", "outputs_dir", "data_root", "resume", "rerun", "profile"):
         del plain[name]
+    del plain["trial_values"], plain["num_trials"]
     for task in plain["tasks"].values():
         for name in ("data", "train_data", "files"):
             task.pop(name, None)
@@ -155,6 +158,18 @@ def git_state() -> dict[str, str]:
         }
     except OSError:  # git is not installed
         return {"commit": "unknown", "dirty": "unknown", "diff": ""}
+
+
+def device_name(device: str) -> str:
+    """The hardware by name."""
+    if device == "cuda":
+        return str(torch.cuda.get_device_name())
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def versions() -> dict[str, str]:

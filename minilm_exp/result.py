@@ -19,6 +19,7 @@ class Result:
         metrics: Every metric by model and task, the mean over fine-tuning seeds.
         spreads: Their standard deviations, where there are several seeds.
         num_seeds: Fine-tunings of each model on each task.
+        made_by: Commit, whether the tree was changed, results version, precision, hardware.
         stages: Of a recipe with several stages, the validation losses of each.
         grids: By model and task every cell of a search, not only the best.
     """
@@ -42,6 +43,7 @@ class Result:
     speedup: float | None = None
     parameters: dict[str, dict[str, int]] = field(default_factory=dict)
     elapsed_seconds: float | None = None
+    made_by: dict[str, str] = field(default_factory=dict)
     error: str | None = None
 
     def scores_of(self, role: str) -> dict[str, float]:
@@ -65,6 +67,12 @@ class Result:
         if self.validation_loss is not None:
             return -self.validation_loss
         return None
+
+    def trial_value(self, name: str) -> float | None:
+        """What a search optimises: score, speedup, or parameters of the student's blocks."""
+        if name == "parameters":
+            return self.parameters["student"]["transformer"]
+        return self.speedup if name == "speedup" else self.score
 
     def write(self) -> None:
         """Writes result.json into the run folder, whole or not at all."""

@@ -5,14 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from minilm_exp.distil import last_whole_checkpoint
-from minilm_exp.errors import ExperimentError
 from minilm_exp.result import Result, read_result
 from minilm_exp.settings import Settings
 
@@ -58,10 +53,7 @@ def choose_folder(settings: Settings, key: str) -> tuple[Path, list[str]]:
     """The folder to run in, and the MLflow ids of unfinished runs of the same key.
 
     Never a folder with a finished run in it. An unfinished run that has a checkpoint is gone on
-    from with resume=true and else left where it is.
-
-    Raises:
-        ExperimentError: Another process is computing this run.
+    from with resume=true and else left where it is. The key must be claimed, see `claim`.
     """
     interrupted: list[str] = []
     number = 1
@@ -72,8 +64,7 @@ def choose_folder(settings: Settings, key: str) -> tuple[Path, list[str]]:
         if result is None:
             return folder, interrupted
         if result.status != "FINISHED":
-            with _lock(folder):
-                interrupted.append(result.run_id)
+            interrupted.append(result.run_id)
             if settings.resume or not _has_work(folder):
                 return folder, interrupted
             _log.warning(
@@ -101,34 +92,17 @@ def _has_work(folder: Path) -> bool:
     )
 
 
-@contextmanager
-def occupied(folder: Path, resume: bool) -> Iterator[Result | None]:
-    """Holds the folder against other processes; gives the unfinished result that lies in it.
+def take_folder(folder: Path, resume: bool) -> Result | None:
+    """Makes the folder ready; gives the unfinished result that lies in it.
 
     Without resume, what an unfinished run left is removed.
-
-    Raises:
-        ExperimentError: Another process is running in the folder.
     """
-    with _lock(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        left = read_result(folder)
-        if not resume:
-            shutil.rmtree(folder)
-            folder.mkdir()
-        yield left
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0):
-            yield
-    except Timeout as error:
-        raise ExperimentError(
-            f"another process is computing this run in {folder}: wait for it, or change a setting"
-        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    left = read_result(folder)
+    if not resume:
+        shutil.rmtree(folder)
+        folder.mkdir()
+    return left
 
 
 def _folders(settings: Settings, key: str) -> list[Path]:

@@ -18,6 +18,8 @@ from minilm_exp.task_settings import TaskTraining
 
 # The models that a run can fine-tune; the second is the student before it was distilled.
 ROLES = ("student", "undistilled", "teacher")
+# What a trial of a sweep can return.
+TRIAL_VALUES = ("score", "speedup", "parameters")
 
 
 @dataclass
@@ -227,10 +229,11 @@ class Runtime:
 
 @dataclass
 class Tracking:
-    """Where MLflow records the run."""
+    """Where MLflow records the run, and Optuna the studies of sweeps."""
 
     uri: str
     experiment: str
+    studies: str
 
 
 @dataclass
@@ -257,6 +260,8 @@ class Settings:
     profile: bool
     tasks: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    trial_values: list[str] = field(default_factory=lambda: ["score"])
+    num_trials: int = 30
     # Of class Stage, which OmegaConf needs not know.
     stages: list[Any] = field(default_factory=list)
     # What a stage reads, of which these are the settings: corpus or task.

@@ -179,6 +179,14 @@ def start_tracking(
         ) from error
 
 
+def tag_run(uri: str, run_id: str, tags: dict[str, str]) -> None:
+    """Sets tags of a run that has ended; of one that the store has lost nothing."""
+    client = MlflowClient(tracking_uri=uri)
+    if _exists(client, run_id):
+        for name, value in tags.items():
+            client.set_tag(run_id, name, redact(value)[:_MAX_TAG_LENGTH])
+
+
 def _reopened(client: MlflowClient, run_id: str) -> Tracker:
     client.update_run(run_id, status="RUNNING")
     if "error" in client.get_run(run_id).data.tags:

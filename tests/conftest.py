@@ -14,6 +14,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from minilm_exp.resolvers import register_resolvers
+
 # Before any library that reads them is imported; child processes inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -54,8 +56,7 @@ def quick_collection():
 @pytest.fixture(scope="session")
 def compose_config():
     """Gives the composed, untyped config for overrides such as "teacher=bert_base"."""
-    if not OmegaConf.has_resolver("repository"):
-        OmegaConf.register_resolver("repository", lambda: str(REPOSITORY))
+    register_resolvers()
 
     @functools.cache
     def composed(*overrides):

@@ -1,0 +1,111 @@
+"""What is known of a sweep, kept beside its runs: its cells, and where each was computed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from filelock import FileLock
+
+from minilm_exp.errors import ExperimentError
+from minilm_exp.result import Result, read_result, write_json
+
+
+@dataclass
+class Cell:
+    """One run of a sweep.
+
+    Attributes:
+        values: What the sweep varies, by setting, as typed on a command line.
+        folder: Of the run that computed it last, also where that failed; None before.
+        run_key: Of that run.
+        error: Why its last run failed, where it has no folder.
+    """
+
+    values: dict[str, str]
+    folder: str | None = None
+    run_key: str | None = None
+    error: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its values as on a command line."""
+        return " ".join(f"{key}={value}" for key, value in self.values.items())
+
+    @property
+    def result(self) -> Result | None:
+        """Of its run; None where there is none, or none that can be read."""
+        result = None if self.folder is None else read_result(Path(self.folder))
+        return result if result is not None and result.run_key == self.run_key else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its run ended well and is still there."""
+        result = self.result
+        return result is not None and result.status == "FINISHED"
+
+
+@dataclass
+class SweepRecord:
+    """A sweep at one scale: all of its cells, of whichever calls and seeds.
+
+    Attributes:
+        sweep: Name of the file in sweeps/.
+        name: The same with a fingerprint of every setting that is not varied.
+        command: Of the last call.
+        run_id: The MLflow run above those of the cells.
+        settings: Settings that the last call gave and that are not varied.
+        cells: In the order of the sweep.
+    """
+
+    sweep: str
+    name: str
+    command: list[str] = field(default_factory=list)
+    run_id: str | None = None
+    settings: list[str] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
+
+    def cell(self, values: dict[str, str]) -> Cell:
+        """The cell of these values, which is added where it is new."""
+        for cell in self.cells:
+            if cell.values == values:
+                return cell
+        self.cells.append(Cell(values))
+        return self.cells[-1]
+
+
+def record_folder(outputs: Path) -> Path:
+    """Where the records of all sweeps lie."""
+    return outputs / "sweeps"
+
+
+@contextmanager
+def open_record(outputs: Path, sweep: str, name: str) -> Iterator[SweepRecord]:
+    """The record, held against other processes; what is changed is written at the end."""
+    folder = record_folder(outputs)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.json"
+    with FileLock(f"{file}.lock"):
+        record = read_record(file) if file.is_file() else SweepRecord(sweep, name)
+        yield record
+        write_json(file, asdict(record), indent=1)
+
+
+def read_record(file: Path) -> SweepRecord:
+    """A record as it was last written.
+
+    Raises:
+        ExperimentError: It cannot be read.
+    """
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        cells = [Cell(**cell) for cell in stored.pop("cells")]
+        return SweepRecord(**stored, cells=cells)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ExperimentError(
+            f"{file} is no record of a sweep ({error}): remove it, and start the sweep again;"
+            " finished runs are not computed again"
+        ) from error

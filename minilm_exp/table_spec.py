@@ -1,0 +1,143 @@
+"""What a table of a sweep shows: sweeps/NAME.table, beside the sweep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minilm_exp.errors import ExperimentError
+from minilm_exp.paper import paper_table, paper_value
+
+# Of a paper's table: the name of a column, or values that its row has, by column.
+_Place = str | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A value of a row's setting, or a column: how it is called, and where papers have it.
+
+    Attributes:
+        label: For people.
+        paper: By the table's name, a column, or what the row has in some columns.
+    """
+
+    label: str
+    paper: dict[str, _Place] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A setting by which rows differ.
+
+    Attributes:
+        label: Of its values, with {value} in it.
+        values: Those that have a name of their own.
+        in_order: Stand for the values from the largest to the smallest, where there are as many.
+        depth: For teacher layers: by the table's name, the column of the layer and the number of
+            layers. A layer stands beside the paper's at the same share of the depth.
+    """
+
+    label: str
+    values: dict[str, Named]
+    in_order: list[dict[str, _Place]]
+    depth: dict[str, tuple[str, int]]
+
+    def named(self, value: str, among: list[str], teacher_layers: int) -> Named:
+        """Name and places of one of the values that the rows have."""
+        if value in self.values:
+            return self.values[value]
+        label = self.label.format(value=value)
+        if len(self.in_order) == len(among):
+            order = sorted(among, key=float, reverse=True)
+            return Named(label, self.in_order[order.index(value)])
+        # The paper's table of a teacher as deep, else the first.
+        same = [t for t, (_, layers) in self.depth.items() if layers == teacher_layers]
+        for table in same or list(self.depth)[:1]:
+            column, layers = self.depth[table]
+            share = int(value) * layers / teacher_layers
+            if share == int(share):
+                return Named(label, {table: {column: int(share)}})
+        return Named(label)
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A whole table.
+
+    Attributes:
+        title: With the paper's table.
+        axes: By setting.
+        columns: By task; `mean` is that of the tasks' scores.
+        more: Columns that are no scores: parameters, speedup.
+        unavailable: Values of rows that the paper has and a teacher may lack, with the reason.
+    """
+
+    title: str
+    axes: dict[str, Axis]
+    columns: dict[str, Named]
+    more: dict[str, Named]
+    unavailable: list[tuple[dict[str, str], str]]
+
+    def paper_value(self, row: list[Named], column: Named) -> tuple[float | str | None, str | None]:
+        """The paper's number of a cell and its table, or None."""
+        for table, place in column.paper.items():
+            name, match = (place, {}) if isinstance(place, str) else (None, dict(place))
+            complete = True
+            for part in row:
+                given = part.paper.get(table)
+                if isinstance(given, dict):
+                    match |= given
+                elif given is not None:
+                    name = given
+                else:
+                    complete = False
+            if complete and name is not None:
+                value = paper_value(table, name, match)
+                if value is not None:
+                    return value, table
+        return None, None
+
+
+def read_spec(file: Path) -> TableSpec:
+    """The spec of a table.
+
+    Raises:
+        ExperimentError: The file is not there, or not what it should be.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        spec = TableSpec(
+            content.pop("title"),
+            {name: _axis(axis) for name, axis in content.pop("rows").items()},
+            _named(content.pop("columns")),
+            _named(content.pop("more", {})),
+            [(one["values"], one["reason"]) for one in content.pop("unavailable", [])],
+        )
+        if content:
+            raise ExperimentError(f"{file} has unknown keys: {', '.join(content)}")
+    except FileNotFoundError as error:
+        raise ExperimentError(
+            f"{file} is missing: the table of a sweep is described beside it (sweeps/README.md)"
+        ) from error
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise ExperimentError(f"{file} cannot be read: {error!r}") from error
+    for axis in spec.axes.values():
+        for table in axis.depth:
+            paper_table(table)
+    return spec
+
+
+def _axis(content: dict[str, Any]) -> Axis:
+    values = {str(value): named for value, named in _named(content.get("values", {})).items()}
+    depth = {table: (place[0], int(place[1])) for table, place in content.get("depth", {}).items()}
+    return Axis(content.get("label", "{value}"), values, content.get("in_order", []), depth)
+
+
+def _named(content: dict[Any, Any]) -> dict[str, Named]:
+    return {
+        str(name): Named(given.get("label", str(name)), given.get("paper", {}))
+        for name, given in content.items()
+    }

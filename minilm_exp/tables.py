@@ -1,0 +1,261 @@
+"""Tables of sweeps: python -m minilm_exp.tables relation_set.
+
+Prints the table and writes it as Markdown, LaTeX and CSV to outputs/tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from minilm_exp.errors import ExperimentError
+from minilm_exp.resolvers import REPOSITORY
+from minilm_exp.table_data import SIGNIFICANCE, Measured, Row, TableData, collect, newest_record
+from minilm_exp.table_spec import Named, read_spec
+
+
+@dataclass(frozen=True)
+class Text:
+    """One entry of a table, and whether it is bold."""
+
+    plain: str
+    bold: str = ""
+
+
+def headings(data: TableData) -> list[str]:
+    """Of the columns: each score is followed by the paper's, where the paper has the column."""
+    found = [""]
+    for name, column in [*data.columns.items(), *data.more.items()]:
+        found.append(column.label)
+        if _in_paper(data, name):
+            found.append(f"{column.label}, paper")
+    return found
+
+
+def entries(data: TableData) -> list[list[Text]]:
+    """The rows: mean ± standard deviation, and in brackets the difference to the first row."""
+    rows = []
+    for row in data.rows:
+        texts = [Text(row.label)]
+        for name, column in [*data.columns.items(), *data.more.items()]:
+            texts.append(_measured(data, row, name))
+            if _in_paper(data, name):
+                texts.append(Text(_paper(data, row, column)))
+        rows.append(texts)
+    return rows
+
+
+def footer(data: TableData) -> list[str]:
+    """What the numbers are, and where they come from."""
+    results = data.results
+    seeds = sorted({cell.values["seed"] for cell in data.record.cells}, key=int)
+    made = [result.made_by for result in results]
+
+    def all_of(name: str) -> str:
+        return ", ".join(sorted({by.get(name, "unknown") for by in made})) or "unknown"
+
+    hours = sum(result.elapsed_seconds or 0 for result in results) / 3600
+    lines = [
+        "Scores x 100: mean ± standard deviation over seeds"
+        f" {', '.join(seeds)} (n={len(seeds)}); in brackets the difference to the first row, bold"
+        f" where Welch's t-test over the seeds gives p < {SIGNIFICANCE:g} (two-sided, not corrected"
+        " for the number of rows).",
+    ]
+    tables = dict.fromkeys(table for c in [*data.columns.values(), *data.more.values()]
+                           for table in c.paper)  # fmt: skip
+    if tables:
+        lines.append(
+            f"Paper: {', '.join(tables)}, in other settings (teacher, corpus, steps, data): compare"
+            " the order, not the numbers."
+        )
+    lines += [
+        f"Command: {shlex.join(['python', *data.record.command])}",
+        f"Runs: {data.record.name}, {len(results)} of {len(data.record.cells)} cells,"
+        f" {hours:.2f} hours, precision {all_of('precision')}, on {all_of('device')}.",
+        f"Commit: {all_of('git_commit')}; results version {all_of('results_version')}.",
+    ]
+    if any(not result.meaningful for result in results):
+        lines.append("NOT MEANINGFUL: the teacher had random weights.")
+    for row in data.rows:
+        if row.unavailable is not None:
+            lines.append(f"unavailable, {row.label}: {row.unavailable}")
+    if data.problems:
+        lines.append("MIXED OR INCOMPLETE, printed all the same (--allow-mixed):")
+        lines += [f"- {problem}" for problem in data.problems]
+    return lines
+
+
+def markdown(data: TableData) -> str:
+    """The table as Markdown."""
+
+    def line(texts: list[str]) -> str:
+        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+
+    names = headings(data)
+    lines = [f"**{data.spec.title}**", "", line(names)]
+    lines.append("|" + "|".join([" --- ", *[" ---: "] * (len(names) - 1)]) + "|")
+    for row in entries(data):
+        lines.append(line([f"{t.plain}{f' **{t.bold}**' if t.bold else ''}" for t in row]))
+    return "\n".join([*lines, "", *(f"{text}  " for text in footer(data))]) + "\n"
+
+
+def latex(data: TableData) -> str:
+    """The table as LaTeX, for the package booktabs."""
+    names = headings(data)
+    lines = [
+        r"\begin{table}",
+        rf"\caption{{{_escape(data.spec.title)}}}",
+        rf"\begin{{tabular}}{{l{'r' * (len(names) - 1)}}}",
+        r"\toprule",
+        " & ".join(map(_escape, names)) + r" \\",
+        r"\midrule",
+    ]
+    for row in entries(data):
+        texts = [
+            _escape(t.plain) + (rf" \textbf{{{_escape(t.bold)}}}" if t.bold else "") for t in row
+        ]
+        lines.append(" & ".join(texts) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}", "", r"\footnotesize"]
+    lines += [_escape(text) + r"\par" for text in footer(data)]
+    return "\n".join([*lines, r"\end{table}"]) + "\n"
+
+
+def comma_separated(data: TableData) -> str:
+    """One line a cell, with all digits and the value of each seed."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    axes = list(dict.fromkeys(axis for row in data.rows for axis in row.values))
+    names = ["row", *axes, "column", "mean", "std", "n", "difference", "differs", "values"]
+    writer.writerow([*names, "paper", "paper_table", "note"])
+    for row in data.rows:
+        for name, column in [*data.columns.items(), *data.more.items()]:
+            measured, first = row.measured(name), data.rows[0].measured(name)
+            paper, table = data.spec.paper_value(row.parts, column)
+            known = measured is not None and first is not None
+            writer.writerow(
+                [
+                    row.label,
+                    *(row.values.get(axis, "") for axis in axes),
+                    name,
+                    measured.mean if measured else "",
+                    measured.spread if measured and measured.spread is not None else "",
+                    len(measured.values) if measured else 0,
+                    measured.mean - first.mean if known else "",  # type: ignore[union-attr]
+                    str(measured.differs_from(first)).lower() if known else "",  # type: ignore
+                    " ".join(map(str, measured.values)) if measured else "",
+                    "" if paper is None else paper,
+                    table or "",
+                    row.unavailable or "",
+                ]
+            )
+    return file.getvalue()
+
+
+def print_table(data: TableData) -> None:
+    """The table in the terminal."""
+    table = RichTable(title=data.spec.title, title_justify="left", header_style="bold")
+    for number, name in enumerate(headings(data)):
+        table.add_column(name, justify="right" if number else "left")
+    for row in entries(data):
+        table.add_row(*(f"{t.plain}{f' [bold]{t.bold}[/bold]' if t.bold else ''}" for t in row))
+    console = Console(width=max(Console().width, 120))
+    console.print(table)
+    for text in footer(data):
+        console.print(text, markup=False, soft_wrap=True)
+
+
+# By the ending of the file.
+FORMATS: dict[str, Callable[[TableData], str]] = {
+    "md": markdown,
+    "tex": latex,
+    "csv": comma_separated,
+}
+
+
+def _measured(data: TableData, row: Row, name: str) -> Text:
+    if row.unavailable is not None:
+        return Text("unavailable")
+    measured = row.measured(name)
+    if measured is None:
+        return Text("-")
+    if name in data.more:
+        return Text(_size(name, measured.mean))
+    text = f"{100 * measured.mean:.1f}"
+    if measured.spread is not None:
+        text += f" ± {100 * measured.spread:.1f}"
+    first = data.rows[0].measured(name)
+    if row is data.rows[0] or first is None:
+        return Text(text)
+    return _with_difference(text, measured, first)
+
+
+def _with_difference(text: str, measured: Measured, first: Measured) -> Text:
+    difference = f"({100 * (measured.mean - first.mean):+.1f})"
+    if measured.differs_from(first):
+        return Text(text, difference)
+    return Text(f"{text} {difference}")
+
+
+def _size(name: str, value: float) -> str:
+    return f"{value / 1e6:.1f}M" if name == "parameters" else f"×{value:.1f}"
+
+
+def _paper(data: TableData, row: Row, column: Named) -> str:
+    value, table = data.spec.paper_value(row.parts, column)
+    if value is None:
+        return "-"
+    first, first_table = data.spec.paper_value(data.rows[0].parts, column)
+    is_number = isinstance(value, (int, float)) and isinstance(first, (int, float))
+    if row is data.rows[0] or not is_number or table != first_table:
+        return str(value)
+    assert isinstance(value, (int, float)) and isinstance(first, (int, float))
+    return f"{value} ({value - first:+.1f})"
+
+
+def _in_paper(data: TableData, name: str) -> bool:
+    column = data.columns.get(name) or data.more[name]
+    return any(data.spec.paper_value(row.parts, column)[0] is not None for row in data.rows)
+
+
+def _escape(text: str) -> str:
+    for sign in "\\&%$#_{}":
+        text = text.replace(sign, r"\textbackslash{}" if sign == "\\" else f"\\{sign}")
+    return text.replace("±", r"$\pm$").replace("×", r"$\times$").replace("~", r"\textasciitilde{}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m minilm_exp.tables", description=__doc__)
+    parser.add_argument("name", help="of the sweep, or of one of its records in outputs/sweeps")
+    parser.add_argument("--outputs", type=Path, default=REPOSITORY / "outputs")
+    parser.add_argument("--spec", type=Path, help="another spec than sweeps/NAME.table")
+    parser.add_argument(
+        "--allow-mixed", action="store_true", help="print it whatever its cells are, and say so"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        record = newest_record(given.outputs.absolute(), given.name)
+        spec = read_spec(given.spec or REPOSITORY / "sweeps" / f"{record.sweep}.table")
+        data = collect(record, spec, given.allow_mixed)
+    except ExperimentError as error:
+        sys.exit(f"error: {error}")
+    print_table(data)
+    folder = given.outputs / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    for ending, write in FORMATS.items():
+        file = folder / f"{record.sweep}.{ending}"
+        file.write_text(write(data), encoding="utf-8")
+        print(f"written: {file}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""Sweeps: their cells, and what is lost or done twice when they are repeated, killed or doubled."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+from conftest import REPOSITORY
+from hydra import compose, initialize_config_dir
+from omegaconf import read_write
+from optuna.trial import TrialState
+from test_run import client_of, command, environment, run
+
+from minilm_exp.parsing import parse
+from minilm_exp.provenance import run_key
+from minilm_exp.resolvers import register_resolvers
+from minilm_exp.sweep_record import open_record, read_record
+from minilm_exp.sweeping import _cells, _grid, _space
+
+# Cells of each sweep with the embedded teacher; a search has none.
+CELLS = {
+    "relation_set": 5,
+    "teacher_layer": 6,
+    "relation_heads": 4,
+    "more_relations": 2,
+    "student_size": 9,
+    "value_relation": 9,
+    "layer_to_layer": 6,
+    "upper_middle_v1": 4,
+    "search": None,
+}
+
+
+def composed(*overrides, hydra=False):
+    register_resolvers()
+    with initialize_config_dir(str(REPOSITORY / "conf")):
+        return compose("config", list(overrides), return_hydra_config=hydra)
+
+
+def cells_of(*overrides):
+    """As on a command line with -m."""
+    fixed = [o for o in overrides if not any(sign in o for sign in ",(")]
+    config = composed(*fixed, hydra=True)
+    with read_write(config.hydra.overrides):
+        config.hydra.overrides.task = list(overrides)
+    space, _ = _space(config.hydra)
+    return _cells(_grid(space))
+
+
+def test_every_sweep_is_counted_here():
+    """A new sweep that no test composes."""
+    assert {path.stem for path in (REPOSITORY / "sweeps").glob("*.yaml")} == set(CELLS)
+
+
+@pytest.mark.parametrize("name", [name for name, number in CELLS.items() if number])
+def test_cells_differ(name):
+    """A sweep that runs the same cell again and again, as one over the wrong key does."""
+    cells = cells_of(f"sweeps={name}")
+    keys = set()
+    for cell in cells:
+        overrides = [f"{key}={value}" for key, value in cell.items()]
+        settings = parse(composed(f"sweeps={name}", *overrides), True)
+        assert settings.recipe.models == ["student"] and settings.resume
+        keys.add(run_key(settings, "fp32", {}))
+    assert len(keys) == len(cells) == CELLS[name]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "values"),
+    [
+        (["sweeps=teacher_layer", "teacher=bert_base"], [12, 11, 10, 9, 8, 7]),
+        (["sweeps=teacher_layer", "layer_selection.teacher_layer=choice(3,5)"], [3, 5]),
+        (["sweeps=teacher_layer", "layer_selection.teacher_layer=3,5"], [3, 5]),
+        (["sweeps=teacher_layer", "layer_selection.teacher_layer=range(2,5)"], [2, 3, 4]),
+        (["sweeps=layer_to_layer", "teacher=bert_base", "objective=minilmv1"], [6, 4, 3]),
+    ],
+)
+def test_cells_follow_teacher_and_command_line(overrides, values):
+    """Layers of another teacher's, or a list on the command line that is added to the sweep's."""
+    cells = cells_of(*overrides)
+    (name,) = cells[0]
+    assert [int(cell[name]) for cell in cells] == values
+
+
+def test_student_of_an_assistant_is_half_of_the_teacher():
+    """Half of the assistant, which is half of the teacher already."""
+    settings = parse(composed("sweeps=student_size", "method=minilm_assistant"), True)
+    assistant, student = (stage.settings.student for stage in settings.stages)
+    assert (assistant.num_layers, assistant.hidden_size) == (6, 192)
+    assert (student.num_layers, student.hidden_size) == (3, 192)
+
+
+def test_seeds_come_one_after_the_other():
+    """A table that is complete only when the last run of all has ended."""
+    cells = cells_of("sweeps=more_relations", "seed=1,2")
+    assert [str(cell["seed"]) for cell in cells] == ["1", "1", "2", "2"]
+
+
+# Sweeps that run
+
+SWEEP = ["-m", "sweeps=relation_set", "experiment=smoke", "recipe.models=[student]"]
+TWO = [*SWEEP, "relations=choice(kk,vv)"]
+
+
+def record_of(outputs):
+    (file,) = (outputs / "sweeps").glob("*.json")
+    return read_record(file)
+
+
+def trials_of(outputs):
+    storage = f"sqlite:///{outputs}/optuna.db"
+    names = [summary.study_name for summary in optuna.get_all_study_summaries(storage)]
+    return [t for name in names for t in optuna.load_study(study_name=name, storage=storage).trials]
+
+
+def runs_below(outputs, run_id):
+    client = client_of(outputs)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{run_id}'")
+
+
+def start(outputs, *overrides):
+    return subprocess.Popen(
+        command(outputs, *overrides),
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    outputs = tmp_path_factory.mktemp("sweep") / "outputs"
+    done = run(outputs, *TWO)
+    assert done.status == 0, done.both
+    return outputs, done
+
+
+@pytest.mark.integration
+def test_sweep_is_recorded(swept):
+    """Runs without their sweep, or trials and runs that do not name each other."""
+    outputs, done = swept
+    record = record_of(outputs)
+    assert [cell.values for cell in record.cells] == [
+        {"seed": "1", "relations": "kk"},
+        {"seed": "1", "relations": "vv"},
+    ]
+    assert all(cell.is_finished for cell in record.cells)
+    client = client_of(outputs)
+    parent = client.get_run(record.run_id)
+    assert parent.info.status == "FINISHED" and parent.data.tags["sweep"] == "relation_set"
+    children = {run.info.run_id: run for run in runs_below(outputs, record.run_id)}
+    assert len(children) == 2
+    trials = trials_of(outputs)
+    assert {trial.user_attrs["mlflow_run_id"] for trial in trials} == set(children)
+    for trial in trials:
+        child = children[trial.user_attrs["mlflow_run_id"]]
+        assert child.data.params["relations"] == trial.params["relations"]
+        assert child.data.params["seed"] == "1"
+        assert child.data.metrics["score"] == trial.value
+        assert child.data.tags[f"sweep.{record.name}"].endswith(f" {trial.number}")
+    assert "2 cells" in done.stdout and "to go" in done.stdout
+    assert "2 of 2 cells are finished" in done.stdout
+
+
+@pytest.mark.integration
+def test_repeating_and_adding_computes_what_is_new(swept, copied):
+    """A finished cell computed again, for the same call or for one with another seed."""
+    outputs = copied(swept[0])
+    before = {path: path.stat().st_mtime_ns for path in outputs.glob("runs/*/result.json")}
+    done = run(outputs, *TWO)
+    assert done.status == 0 and "nothing to do" in done.stdout, done.both
+    assert len(trials_of(outputs)) == 2
+    done = run(outputs, *TWO, "seed=1,2")
+    assert done.status == 0, done.both
+    assert Counter(cell.values["seed"] for cell in record_of(outputs).cells) == {"1": 2, "2": 2}
+    after = {path: path.stat().st_mtime_ns for path in outputs.glob("runs/*/result.json")}
+    assert len(after) == 4 and before.items() <= after.items()
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy at another place; the record names the folders of the old one."""
+    import shutil
+
+    def made(outputs):
+        copy = tmp_path / "outputs"
+        shutil.copytree(outputs, copy)
+        for file in (copy / "sweeps").glob("*.json"):
+            file.write_text(file.read_text().replace(str(outputs), str(copy)))
+        return copy
+
+    return made
+
+
+@pytest.mark.integration
+def test_removed_run_is_computed_again(swept, copied):
+    """A cell whose trial is complete and whose run is gone, taken for finished."""
+    import shutil
+
+    outputs = copied(swept[0])
+    gone = record_of(outputs).cells[0]
+    shutil.rmtree(gone.folder)
+    done = run(outputs, *TWO)
+    assert done.status == 0, done.both
+    assert all(cell.is_finished for cell in record_of(outputs).cells)
+
+
+@pytest.mark.integration
+def test_sweep_goes_on_after_a_failure(tmp_path):
+    """One bad combination that ends the sweep, or that its end and exit status are silent about."""
+    outputs = tmp_path / "outputs"
+    done = run(outputs, *SWEEP, "relations=kk", "relation_set.num_relation_heads=choice(5,4)")
+    assert done.status != 0
+    states = {
+        t.params["relation_set.num_relation_heads"]: (t.state, t.user_attrs)
+        for t in trials_of(outputs)
+    }
+    state, attributes = states[5]
+    assert state == TrialState.FAIL and "num_relation_heads=5" in attributes["error"]
+    assert states[4][0] == TrialState.COMPLETE
+    record = record_of(outputs)
+    assert "num_relation_heads=5" in record.cells[0].error and record.cells[1].is_finished
+    assert "will fail" in done.stdout and "1 of 2 cells are finished" in done.stdout
+    assert "failed: seed=1 relation_set.num_relation_heads=5" in done.stdout
+    assert client_of(outputs).get_run(record.run_id).info.status == "FAILED"
+
+
+@pytest.mark.integration
+def test_killed_sweep_is_finished_by_the_same_call(tmp_path):
+    """Finished cells computed again, or the one in work never again."""
+    outputs = tmp_path / "outputs"
+    process = start(outputs, *SWEEP, "relations=choice(kk,vv,qq)")
+    deadline = time.monotonic() + 120
+    while not list(outputs.glob("runs/*/student/config.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    while len(list(outputs.glob("runs/*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not all(cell.is_finished for cell in record_of(outputs).cells)
+    finished = {c.run_key: c.result.run_id for c in record_of(outputs).cells if c.is_finished}
+    done = run(outputs, *SWEEP, "relations=choice(kk,vv,qq)")
+    assert done.status == 0, done.both
+    record = record_of(outputs)
+    assert all(cell.is_finished for cell in record.cells) and len(record.cells) == 3
+    assert finished.items() <= {c.run_key: c.result.run_id for c in record.cells}.items()
+    assert Counter(t.state for t in trials_of(outputs))[TrialState.RUNNING] == 0
+    statuses = Counter(run.info.status for run in runs_below(outputs, record.run_id))
+    assert statuses["RUNNING"] == 0 and statuses["FINISHED"] == 3
+
+
+@pytest.mark.integration
+def test_two_processes_share_the_cells(tmp_path):
+    """A cell computed by both, or a cell that neither computes."""
+    outputs = tmp_path / "outputs"
+    given = [*SWEEP, "relations=choice(kk,vv,qq)"]
+    processes = [start(outputs, *given) for _ in range(2)]
+    texts = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
+    record = record_of(outputs)
+    assert all(cell.is_finished for cell in record.cells) and len(record.cells) == 3
+    assert len(runs_below(outputs, record.run_id)) == 3
+
+
+@pytest.mark.integration
+def test_search(tmp_path):
+    """Trials beyond those asked for in all, or the same trials asked for again."""
+    outputs = tmp_path / "outputs"
+    given = [
+        "-m", "sweeps=search", "experiment=smoke", "recipe.models=[student]", "num_trials=2",
+        "trial_values=[score,parameters]", "hydra.sweeper.direction=[maximize,minimize]",
+        "relation_set.num_relation_heads=choice(2,4)", "relations=choice(kk,vv)",
+    ]  # fmt: skip
+    assert run(outputs, *given).status == 0
+    first = [t.params for t in trials_of(outputs)]
+    assert len(first) == 2 and all(len(t.values) == 2 for t in trials_of(outputs))
+    assert run(outputs, *given, "num_trials=3").status == 0
+    assert [t.params for t in trials_of(outputs)][:2] == first
+    third = trials_of(outputs)[2]
+    assert third.params["training.learning_rate"] not in [
+        params["training.learning_rate"] for params in first
+    ]
+    assert run(outputs, *given, "num_trials=3").status == 0 and len(trials_of(outputs)) == 3
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["sweeps=relation_set"], ["sweeps=relation_set", "add -m"]),
+        (["-m", "sweeps=relation_sets"], ["relation_set", "teacher_layer"]),
+        (
+            ["-m", "sweeps=teacher_layer", "teacher=custom", "teacher.path=nowhere"],
+            ["teacher.num_layers"],
+        ),
+        (
+            ["-m", "sweeps=relation_set", "training.learning_rate=interval(0.1,0.2)"],
+            ["training.learning_rate", "choice"],
+        ),
+    ],
+    ids=["no -m", "misspelt", "unknown shape", "a range in a grid"],
+)
+def test_sweep_that_cannot_begin(tmp_path, overrides, words):
+    """Nothing said, or a traceback, or a run with the defaults."""
+    done = run(tmp_path / "outputs", *overrides)
+    assert done.status != 0 and "Traceback" not in done.both
+    for word in words:
+        assert word in done.both
+
+
+def test_damaged_record_is_named(tmp_path):
+    """A traceback of JSON for a file that was cut off."""
+    with open_record(tmp_path, "s", "s-1") as record:
+        record.cell({"seed": "1"})
+    file = tmp_path / "sweeps" / "s-1.json"
+    assert json.loads(file.read_text())["cells"][0]["values"] == {"seed": "1"}
+    file.write_text(file.read_text()[:20])
+    with pytest.raises(Exception, match=f"{Path(file).name} is no record of a sweep"):
+        read_record(file)
