@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-seeds test lint bench bench-quick lock ui clean
+.PHONY: help install demo demo-seeds sweep table figure test lint bench bench-quick lock ui clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -26,6 +26,16 @@ demo: $(STAMP) ## run the main job with its defaults (under 4 minutes on 2 cores
 
 demo-seeds: $(STAMP) ## the same over 3 seeds, with the spread of both students
 	$(BIN)/python run.py -m seed=1,2,3
+
+# NAME=relation_set is a file of sweeps/; ARGS='seed=1,2,3 experiment=demo' changes it
+sweep: $(STAMP) ## run a sweep: NAME=relation_set
+	$(BIN)/python run.py -m sweeps=$(NAME) $(ARGS)
+
+table: $(STAMP) ## print and write the table of a sweep: NAME=relation_set
+	$(BIN)/python -m minilm_exp.tables $(NAME) $(ARGS)
+
+figure: $(STAMP) ## draw the figure of a sweep: NAME=teacher_layer
+	$(BIN)/python -m minilm_exp.figures $(NAME) $(ARGS)
 
 test: $(STAMP) ## run the tests (5 minutes on 2 cores, no network)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -34,10 +34,10 @@ def paper_table(name: str) -> dict[str, Any]:
 
 
 def paper_value(name: str, column: str, row: dict[str, Any]) -> float | str | None:
-    """The number in the one row that has these values; None where there is none.
+    """The number in the one row that has these values; None where there is none, or several.
 
     Raises:
-        ExperimentError: There is no such table or column, or more than one such row.
+        ExperimentError: There is no such table or column.
     """
     table = paper_table(name)
     columns = table["columns"]
@@ -49,9 +49,5 @@ def paper_value(name: str, column: str, row: dict[str, Any]) -> float | str | No
         for cells in table["rows"]
         if all(str(cells[columns.index(key)]) == str(value) for key, value in row.items())
     ]
-    if len(rows) > 1:
-        raise ExperimentError(f"{name} has {len(rows)} rows with {row}")
-    if not rows:
-        return None
-    value: float | str | None = rows[0][columns.index(column)]
+    value: float | str | None = rows[0][columns.index(column)] if len(rows) == 1 else None
     return value

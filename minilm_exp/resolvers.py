@@ -60,7 +60,7 @@ def _upper_layers(num_layers: int | None) -> str:
 def _layer_shares(num_layers: int | None) -> str:
     """A half, a third and a quarter of the layers: 6, 4 and 3 of 12, as in MiniLM's tables."""
     layers = _known(num_layers)
-    return ",".join(str(max(1, layers // part)) for part in (2, 3, 4))
+    return ",".join(dict.fromkeys(str(max(1, layers // part)) for part in (2, 3, 4)))
 
 
 def _storage(url: str) -> Any:

@@ -56,6 +56,7 @@ class SweepRecord:
         sweep: Name of the file in sweeps/.
         name: The same with a fingerprint of every setting that is not varied.
         command: Of the last call.
+        uri: Of MLflow, without its password.
         run_id: The MLflow run above those of the cells.
         settings: Settings that the last call gave and that are not varied.
         cells: In the order of the sweep.
@@ -64,6 +65,7 @@ class SweepRecord:
     sweep: str
     name: str
     command: list[str] = field(default_factory=list)
+    uri: str | None = None
     run_id: str | None = None
     settings: list[str] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)

@@ -191,7 +191,7 @@ def _start(config: DictConfig) -> Session:
         seed = {"seed": str(config.seed)}
         known = [record.cell(seed | {k: str(v) for k, v in cell.items()}) for cell in cells]
         tracker = start_tracking(uri, experiment, outputs, name, record.run_id)
-        record.run_id = tracker.run_id
+        record.uri, record.run_id = redact(uri), tracker.run_id
         number = _enqueue(study, grid, known)
         tracker.set_tags(
             {"sweep": sweep, "study": study_name, "command": shlex.join(record.command)}

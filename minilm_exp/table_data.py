@@ -42,8 +42,11 @@ class Measured:
             return False
         if self.spread == 0 and other.spread == 0:
             return self.mean != other.mean
-        p = stats.ttest_ind(self.values, other.values, equal_var=False).pvalue
-        return bool(p < SIGNIFICANCE)
+        test = stats.ttest_ind_from_stats(
+            self.mean, self.spread, len(self.values), other.mean, other.spread, len(other.values),
+            equal_var=False,
+        )  # fmt: skip
+        return bool(test.pvalue < SIGNIFICANCE)
 
 
 @dataclass
@@ -65,7 +68,7 @@ class Row:
     @property
     def label(self) -> str:
         """The row's name."""
-        return ", ".join(part.label for part in self.parts)
+        return ", ".join(part.label for part in self.parts if part.label)
 
     def measured(self, column: str) -> Measured | None:
         """A column's values in the order of the seeds; None where a run lacks it."""
@@ -84,6 +87,7 @@ class TableData:
         rows: The first is what the others are compared with.
         columns: Those of the spec and of tasks that it does not name.
         more: Columns that are no scores.
+        papers: Columns of the paper whose tasks were not run here.
         problems: What a table should not be made of; empty unless it is allowed.
     """
 
@@ -92,6 +96,7 @@ class TableData:
     rows: list[Row]
     columns: dict[str, Named]
     more: dict[str, Named]
+    papers: dict[str, Named]
     problems: list[str]
 
     @property
@@ -144,12 +149,7 @@ def collect(record: SweepRecord, spec: TableSpec, allow_mixed: bool = False) -> 
     rows: dict[tuple[str, ...], Row] = {}
     for cell in record.cells:
         values = {axis: cell.values[axis] for axis in axes}
-        parts = [
-            spec.axes[axis].named(value, among[axis], layers)
-            if axis in spec.axes
-            else Named(f"{axis}={value}")
-            for axis, value in values.items()
-        ]
+        parts = spec.parts(values, among, layers)
         rows.setdefault(tuple(values.values()), Row(values, parts))
     for cell, result in found:
         row = rows[tuple(cell.values[axis] for axis in axes)]
@@ -174,8 +174,9 @@ def collect(record: SweepRecord, spec: TableSpec, allow_mixed: bool = False) -> 
         # The mean over other tasks has nothing to do with the paper's.
         is_papers = set(tasks) == set(spec.columns) - {"mean"}
         columns["mean"] = mean if is_papers else Named(mean.label)
+    papers = {n: c for n, c in spec.columns.items() if c.paper and columns.get(n) != c}
     all_rows = [*rows.values(), *_unavailable(spec, rows.values(), among)]
-    return TableData(spec, record, all_rows, columns, spec.more, problems)
+    return TableData(spec, record, all_rows, columns, spec.more, papers, problems)
 
 
 def _value(result: Result, column: str) -> float | None:
@@ -192,15 +193,15 @@ def _problem(cell: Cell) -> str | None:
         return f"failed: {cell.error}"
     if cell.folder is None:
         return "has not been run to its end"
-    result = read_result(Path(cell.folder))
+    result, name = read_result(Path(cell.folder)), Path(cell.folder).name
     if result is None:
-        return f"its result is gone or damaged: {cell.folder}/result.json"
+        return f"its result is gone or damaged (result.json of {name})"
     if result.run_key != cell.run_key:
-        return f"{cell.folder} holds another run"
+        return f"another run lies in {name}"
     if result.status != "FINISHED":
-        return f"its run is {result.status}: {cell.folder}"
+        return f"its run {name} is {result.status}"
     if not result.scores:
-        return f"its run has no score: {cell.folder}"
+        return f"its run {name} has no score"
     return None
 
 
@@ -209,7 +210,7 @@ def _duplicates(cell: Cell, result: Result) -> Iterable[str]:
     for other in sorted(folder.parent.glob(f"*-{result.run_key[:10]}*/")):
         if other != folder and (twin := read_result(other)) is not None:
             if twin.status == "FINISHED" and twin.run_key == result.run_key:
-                yield f"{cell.name}: is there twice: {folder} and {other}; remove one"
+                yield f"{cell.name}: is there twice, remove {folder.name} or {other.name}"
 
 
 def _mixed(found: list[tuple[Cell, Result]]) -> Iterable[str]:
@@ -218,8 +219,9 @@ def _mixed(found: list[tuple[Cell, Result]]) -> Iterable[str]:
         if result.run_key in first:
             yield f"{first[result.run_key].name} and {cell.name} are the same run"
         first[result.run_key] = cell
+        folder = Path(result.folder).name
         if result.made_by.get("git_dirty") != "false":
-            yield f"{cell.name}: made by a tree with uncommitted changes ({result.folder})"
+            yield f"{cell.name}: made by a tree with uncommitted changes ({folder})"
         if result.made_by.get("results_version") != str(RESULTS_VERSION):
             version = result.made_by.get("results_version", "unknown")
             yield f"{cell.name}: results version {version}, this program's is {RESULTS_VERSION}"
@@ -258,6 +260,4 @@ def _unavailable(
     there = [row.values for row in rows]
     for values, reason in spec.unavailable:
         if not any(values.items() <= row.items() for row in there):
-            axes = [axis for axis in spec.axes if axis in values]
-            parts = [spec.axes[a].named(str(values[a]), among.get(a, []), 1) for a in axes]
-            yield Row({k: str(v) for k, v in values.items()}, parts, {}, reason)
+            yield Row(values, spec.parts(values, among, 1), {}, reason)

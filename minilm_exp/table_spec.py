@@ -49,7 +49,7 @@ class Axis:
         """Name and places of one of the values that the rows have."""
         if value in self.values:
             return self.values[value]
-        label = self.label.format(value=value)
+        label = self.label.format(value=_short(value))
         if len(self.in_order) == len(among):
             order = sorted(among, key=float, reverse=True)
             return Named(label, self.in_order[order.index(value)])
@@ -64,6 +64,21 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """What is drawn of a sweep.
+
+    Attributes:
+        kind: line (score against a setting), pareto (score against speedup) or loss (curves).
+        axis: Of a line, the setting.
+        label: Of that axis.
+    """
+
+    kind: str
+    axis: str = ""
+    label: str = ""
+
+
+@dataclass(frozen=True)
 class TableSpec:
     """A whole table.
 
@@ -72,6 +87,8 @@ class TableSpec:
         axes: By setting.
         columns: By task; `mean` is that of the tasks' scores.
         more: Columns that are no scores: parameters, speedup.
+        cells: Values of whole rows and where papers have these.
+        figure: Of `python -m minilm_exp.figures`.
         unavailable: Values of rows that the paper has and a teacher may lack, with the reason.
     """
 
@@ -79,25 +96,35 @@ class TableSpec:
     axes: dict[str, Axis]
     columns: dict[str, Named]
     more: dict[str, Named]
+    cells: list[tuple[dict[str, str], dict[str, _Place]]]
+    figure: Figure | None
     unavailable: list[tuple[dict[str, str], str]]
+
+    def parts(
+        self, values: dict[str, str], among: dict[str, list[str]], teacher_layers: int
+    ) -> list[Named]:
+        """Names and places of a row's values, and of all of them together."""
+        parts = [
+            self.axes[axis].named(value, among.get(axis, []), teacher_layers)
+            if axis in self.axes
+            else Named(f"{axis}={value}")
+            for axis, value in values.items()
+        ]
+        parts += [Named("", paper) for cell, paper in self.cells if cell == values]
+        return parts
 
     def paper_value(self, row: list[Named], column: Named) -> tuple[float | str | None, str | None]:
         """The paper's number of a cell and its table, or None."""
         for table, place in column.paper.items():
             name, match = (place, {}) if isinstance(place, str) else (None, dict(place))
-            complete = True
             for part in row:
                 given = part.paper.get(table)
                 if isinstance(given, dict):
                     match |= given
                 elif given is not None:
                     name = given
-                else:
-                    complete = False
-            if complete and name is not None:
-                value = paper_value(table, name, match)
-                if value is not None:
-                    return value, table
+            if name is not None and (value := paper_value(table, name, match)) is not None:
+                return value, table
         return None, None
 
 
@@ -114,6 +141,8 @@ def read_spec(file: Path) -> TableSpec:
             {name: _axis(axis) for name, axis in content.pop("rows").items()},
             _named(content.pop("columns")),
             _named(content.pop("more", {})),
+            [(one["values"], one["paper"]) for one in content.pop("cells", [])],
+            Figure(**content.pop("figure")) if "figure" in content else None,
             [(one["values"], one["reason"]) for one in content.pop("unavailable", [])],
         )
         if content:
@@ -134,6 +163,14 @@ def _axis(content: dict[str, Any]) -> Axis:
     values = {str(value): named for value, named in _named(content.get("values", {})).items()}
     depth = {table: (place[0], int(place[1])) for table, place in content.get("depth", {}).items()}
     return Axis(content.get("label", "{value}"), values, content.get("in_order", []), depth)
+
+
+def _short(value: str) -> str:
+    """Numbers with many digits are cut."""
+    try:
+        return f"{float(value):.3g}" if "." in value else value
+    except ValueError:
+        return value
 
 
 def _named(content: dict[Any, Any]) -> dict[str, Named]:

@@ -18,9 +18,11 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from minilm_exp.errors import ExperimentError
+from minilm_exp.paper import paper_table
 from minilm_exp.resolvers import REPOSITORY
 from minilm_exp.table_data import SIGNIFICANCE, Measured, Row, TableData, collect, newest_record
 from minilm_exp.table_spec import Named, read_spec
+from minilm_exp.tracking import open_tracker
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,13 @@ class Text:
 
 
 def headings(data: TableData) -> list[str]:
-    """Of the columns: each score is followed by the paper's, where the paper has the column."""
+    """Of the columns: each score is followed by the paper's; those that only it has come last."""
     found = [""]
-    for name, column in [*data.columns.items(), *data.more.items()]:
+    for column in [*data.columns.values(), *data.more.values()]:
         found.append(column.label)
-        if _in_paper(data, name):
+        if _in_paper(data, column):
             found.append(f"{column.label}, paper")
-    return found
+    return found + [f"{c.label}, paper" for c in data.papers.values() if _in_paper(data, c)]
 
 
 def entries(data: TableData) -> list[list[Text]]:
@@ -48,9 +50,10 @@ def entries(data: TableData) -> list[list[Text]]:
         texts = [Text(row.label)]
         for name, column in [*data.columns.items(), *data.more.items()]:
             texts.append(_measured(data, row, name))
-            if _in_paper(data, name):
+            if _in_paper(data, column):
                 texts.append(Text(_paper(data, row, column)))
-        rows.append(texts)
+        only = [column for column in data.papers.values() if _in_paper(data, column)]
+        rows.append(texts + [Text(_paper(data, row, column)) for column in only])
     return rows
 
 
@@ -70,12 +73,13 @@ def footer(data: TableData) -> list[str]:
         f" where Welch's t-test over the seeds gives p < {SIGNIFICANCE:g} (two-sided, not corrected"
         " for the number of rows).",
     ]
-    tables = dict.fromkeys(table for c in [*data.columns.values(), *data.more.values()]
-                           for table in c.paper)  # fmt: skip
+    shown = [*data.columns.values(), *data.more.values(), *data.papers.values()]
+    places = [data.spec.paper_value(row.parts, c)[1] for c in shown for row in data.rows]
+    tables = dict.fromkeys(table for table in places if table is not None)
     if tables:
         lines.append(
-            f"Paper: {', '.join(tables)}, in other settings (teacher, corpus, steps, data): compare"
-            " the order, not the numbers."
+            f"Paper: {', '.join(map(_source, tables))}, in other settings (teacher, corpus,"
+            " steps, data): compare the order, not the numbers."
         )
     lines += [
         f"Command: {shlex.join(['python', *data.record.command])}",
@@ -137,7 +141,7 @@ def comma_separated(data: TableData) -> str:
     names = ["row", *axes, "column", "mean", "std", "n", "difference", "differs", "values"]
     writer.writerow([*names, "paper", "paper_table", "note"])
     for row in data.rows:
-        for name, column in [*data.columns.items(), *data.more.items()]:
+        for name, column in [*data.columns.items(), *data.more.items(), *data.papers.items()]:
             measured, first = row.measured(name), data.rows[0].measured(name)
             paper, table = data.spec.paper_value(row.parts, column)
             known = measured is not None and first is not None
@@ -221,9 +225,12 @@ def _paper(data: TableData, row: Row, column: Named) -> str:
     return f"{value} ({value - first:+.1f})"
 
 
-def _in_paper(data: TableData, name: str) -> bool:
-    column = data.columns.get(name) or data.more[name]
+def _in_paper(data: TableData, column: Named) -> bool:
     return any(data.spec.paper_value(row.parts, column)[0] is not None for row in data.rows)
+
+
+def _source(table: str) -> str:
+    return table if paper_table(table)["confirmed"] else f"{table} (read off the figure)"
 
 
 def _escape(text: str) -> str:
@@ -232,29 +239,48 @@ def _escape(text: str) -> str:
     return text.replace("±", r"$\pm$").replace("×", r"$\times$").replace("~", r"\textasciitilde{}")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m minilm_exp.tables", description=__doc__)
+def command_line(
+    program: str, description: str | None, arguments: list[str] | None
+) -> tuple[argparse.Namespace, TableData]:
+    """What the command lines of tables and figures have in common; exits where it cannot be had."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
     parser.add_argument("name", help="of the sweep, or of one of its records in outputs/sweeps")
     parser.add_argument("--outputs", type=Path, default=REPOSITORY / "outputs")
     parser.add_argument("--spec", type=Path, help="another spec than sweeps/NAME.table")
     parser.add_argument(
-        "--allow-mixed", action="store_true", help="print it whatever its cells are, and say so"
+        "--allow-mixed", action="store_true", help="whatever the cells are, and say so"
     )
     given = parser.parse_args(arguments)
     try:
         record = newest_record(given.outputs.absolute(), given.name)
         spec = read_spec(given.spec or REPOSITORY / "sweeps" / f"{record.sweep}.table")
-        data = collect(record, spec, given.allow_mixed)
+        return given, collect(record, spec, given.allow_mixed)
     except ExperimentError as error:
         sys.exit(f"error: {error}")
+
+
+def log_files(data: TableData, files: list[Path], folder: str) -> None:
+    """Puts them into the MLflow run of the sweep; a store out of reach is said."""
+    try:
+        tracker = open_tracker(data.record.uri, data.record.run_id)
+        for file in files:
+            tracker.log_artifact(file, folder)
+    except ExperimentError as error:
+        print(f"not in MLflow: {error}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    given, data = command_line("minilm_exp.tables", __doc__, arguments)
     print_table(data)
-    folder = given.outputs / "tables"
+    folder = Path(given.outputs) / "tables"
     folder.mkdir(parents=True, exist_ok=True)
+    files = []
     for ending, write in FORMATS.items():
-        file = folder / f"{record.sweep}.{ending}"
-        file.write_text(write(data), encoding="utf-8")
-        print(f"written: {file}")
+        files.append(folder / f"{data.record.sweep}.{ending}")
+        files[-1].write_text(write(data), encoding="utf-8")
+        print(f"written: {files[-1]}")
+    log_files(data, files, "tables")
 
 
 if __name__ == "__main__":

@@ -179,6 +179,22 @@ def start_tracking(
         ) from error
 
 
+def open_tracker(uri: str | None, run_id: str | None) -> Tracker:
+    """Writes to a run that has ended.
+
+    Raises:
+        ExperimentError: The store cannot be reached, or lacks the run.
+    """
+    if uri is None or run_id is None:
+        raise ExperimentError("the MLflow run is not known")
+    client = MlflowClient(tracking_uri=uri)
+    try:
+        client.get_run(run_id)
+    except (MlflowException, SQLAlchemyError) as error:
+        raise ExperimentError(redact(f"no run {run_id} in {uri}: {reason_of(error)}")) from error
+    return Tracker(client, run_id, resumed=True)
+
+
 def tag_run(uri: str, run_id: str, tags: dict[str, str]) -> None:
     """Sets tags of a run that has ended; of one that the store has lost nothing."""
     client = MlflowClient(tracking_uri=uri)
