@@ -100,6 +100,7 @@ def check_values(settings: Settings) -> None:
             " CUDA_VISIBLE_DEVICES)"
         )
     positive: dict[str, float | None] = {
+        "num_trials": settings.num_trials,
         "teacher.initializer_range": settings.teacher.initializer_range,
         "student.num_layers": student.num_layers,
         "student.hidden_size": student.hidden_size,

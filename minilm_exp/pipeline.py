@@ -314,10 +314,10 @@ def _start(
         run_name(settings),
         left.run_id if left is not None and settings.resume else None,
         trial.parent_id if trial is not None else parent_id,
+        trial.tags if trial is not None else None,
     )
     if trial is not None:
         trial.started(tracker.run_id)
-        tracker.set_tags(trial.tags)
     for run_id in interrupted:
         if run_id != tracker.run_id:
             end_interrupted(settings.tracking.uri, run_id)

@@ -39,7 +39,7 @@ from minilm_exp.result import Result, write_json
 from minilm_exp.studies import SharedStorage
 from minilm_exp.sweep_record import Cell, open_record
 from minilm_exp.sweep_summary import print_cells, print_end
-from minilm_exp.tracking import end_interrupted, start_tracking
+from minilm_exp.tracking import end_tagged, start_tracking
 from minilm_exp.trial import Trial
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -94,7 +94,7 @@ class Session:
         def started(run_id: str) -> None:
             self._note(number, mlflow_run_id=run_id)
 
-        return Trial(self.parent_id, {f"sweep.{self.name}": f"{self.study} {number}"}, started)
+        return Trial(self.parent_id, _tag(self.name, self.study, number), started)
 
     def finished(self, job: int, result: Result) -> None:
         """Puts the run of a job into the record."""
@@ -182,7 +182,9 @@ def _start(config: DictConfig) -> Session:
         load_if_exists=True,
     )
     uri, experiment = str(config.tracking.uri), str(config.tracking.experiment)
-    _end_dead_trials(study, uri)
+    for number in _end_dead_trials(study):
+        for tag, value in _tag(name, study_name, number).items():
+            end_tagged(uri, experiment, tag, value)
     grid = _grid(space) if is_grid else {}
     cells = _cells(grid) if is_grid else []
     with open_record(outputs, sweep, name) as record:
@@ -311,15 +313,21 @@ def _alive_trials(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return [trial for trial in running if _is_alive(trial)]
 
 
-def _end_dead_trials(study: optuna.Study, uri: str) -> None:
-    """Trials of processes that were killed are FAILED, their runs KILLED; both are run again."""
+def _tag(name: str, study: str, number: int) -> dict[str, str]:
+    """By which the MLflow run of a trial names it."""
+    return {f"sweep.{name}": f"{study} {number}"}
+
+
+def _end_dead_trials(study: optuna.Study) -> list[int]:
+    """Marks trials of processes that were killed as FAILED, and gives their numbers."""
+    dead = []
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         if not _is_alive(trial):
             storage: BaseStorage = study._storage
             storage.set_trial_user_attr(trial._trial_id, "error", "its process was killed")
-            if "mlflow_run_id" in trial.user_attrs:
-                end_interrupted(uri, trial.user_attrs["mlflow_run_id"])
             study.tell(trial.number, state=TrialState.FAIL)
+            dead.append(trial.number)
+    return dead
 
 
 def _is_alive(trial: optuna.trial.FrozenTrial) -> bool:

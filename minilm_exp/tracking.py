@@ -138,10 +138,12 @@ def start_tracking(
     run_name: str,
     run_id: str | None = None,
     parent_id: str | None = None,
+    tags: dict[str, str] | None = None,
 ) -> Tracker:
     """Opens the store and starts a run, or goes on with the run of the given id.
 
-    With `parent_id` the new run stands below that one, if the store has it.
+    With `parent_id` the new run stands below that one, if the store has it. It has its tags from
+    its first moment on, so that it can be found however early its process is killed.
 
     Raises:
         ExperimentError: The store cannot be reached.
@@ -163,8 +165,10 @@ def start_tracking(
                 )
         if run_id is not None and _exists(client, run_id):
             end_interrupted(uri, run_id)
-            return _reopened(client, run_id)
-        tags = {}
+            tracker = _reopened(client, run_id)
+            tracker.set_tags(tags or {})
+            return tracker
+        tags = dict(tags or {})
         if parent_id is not None and _exists(client, parent_id):
             tags[MLFLOW_PARENT_RUN_ID] = parent_id
             experiment_id = client.get_run(parent_id).info.experiment_id
@@ -226,6 +230,15 @@ def end_interrupted(uri: str, run_id: str) -> None:
     for left in [run, *_children(client, run)]:
         if left.info.status == "RUNNING":
             client.set_terminated(left.info.run_id, "KILLED")
+
+
+def end_tagged(uri: str, experiment: str, tag: str, value: str) -> None:
+    """Marks the running runs of an experiment that have this tag as KILLED, and their parts."""
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is not None:
+        for run in client.search_runs([found.experiment_id], f"tags.`{tag}` = '{value}'"):
+            end_interrupted(uri, run.info.run_id)
 
 
 def _children(client: MlflowClient, run: Run) -> list[Run]:

@@ -16,6 +16,8 @@ NO_RESULT_DEPENDS_ON = {
     "data_root",
     "resume",
     "rerun",
+    "trial_values",
+    "num_trials",
     "profile",
     "notes",
     "training.logging_steps",

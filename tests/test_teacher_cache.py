@@ -1255,7 +1255,7 @@ from types import ModuleType
 from unittest.mock import MagicMock
 from minilm_exp.errors import ExperimentError
 
-def run_experiment(settings, num_cells, num_seeds):
+def run_experiment(settings, num_cells, num_seeds, trial):
     print("cells", num_cells * num_seeds)
     raise ExperimentError("enough")
 
@@ -1305,7 +1305,7 @@ def test_cells_of_a_search(run_module, params, expected):
     """Trials that each have a teacher layer of their own count as sharing one cache."""
     hydra_config = SimpleNamespace(mode=RunMode.MULTIRUN, sweeper={"n_trials": 7, "params": params})
     hydra_config.sweeper = OmegaConf.create(hydra_config.sweeper)
-    assert run_module._grid(hydra_config) == expected
+    assert run_module._grid(hydra_config, None) == expected
 
 
 @pytest.fixture
@@ -1348,4 +1348,4 @@ def test_cells_of_a_command_line(run_module, tmp_path, overrides, expected):
     sweep = SimpleNamespace(dir=str(tmp_path))
     for mode, number in ((RunMode.MULTIRUN, expected), (RunMode.RUN, (1, 1))):
         hydra_config = SimpleNamespace(mode=mode, sweep=sweep, sweeper={})
-        assert run_module._grid(hydra_config) == number
+        assert run_module._grid(hydra_config, None) == number
