@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.redaction import redact
-from minilm_exp.resolvers import register_resolvers
+from minilm_exp.resolvers import register_resolvers, sweep_state
 
 if TYPE_CHECKING:
     from minilm_exp.sweeping import Session
@@ -235,8 +235,10 @@ def main() -> None:
             from minilm_exp.summary import print_comparison
 
             print_comparison(_finished_jobs)
-    if _failed_jobs:
-        sys.exit(f"error: {len(_failed_jobs)} of the runs failed, see above; the others stand")
+    # Of jobs in processes of their own only the sweep's record knows.
+    failed = max(len(_failed_jobs), len(sweep_state.failed))
+    if failed:
+        sys.exit(f"error: {failed} of the runs failed, see above; the others stand")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @dataclass
 class SweepState:
-    """What is known of a sweep once it has begun.
+    """What is known of a sweep once it has begun, and what failed of it once it has ended.
 
     Hydra refuses jobs whose hydra.sweeper is not what the sweep began with, word by word, so that
     only an interpolation can have a value that is found out then.
@@ -25,6 +25,7 @@ class SweepState:
     study: str | None = None
     trials_left: int | None = None
     trials_asked: int = 0
+    failed: tuple[str, ...] = ()
 
 
 sweep_state = SweepState()

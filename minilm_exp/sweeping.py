@@ -104,9 +104,17 @@ class Session:
             cell.folder, cell.run_key, cell.error = result.folder, result.run_key, None
 
     def failed(self, job: int, reason: str) -> None:
-        """Puts the reason into the record and the trial."""
+        """Puts the reason into the record, the trial, and MLflow, where no run began."""
         number, values = self._asked(job)
-        self._note(number, error=reason)
+        if "mlflow_run_id" not in self._note(number, error=reason):
+            outputs, name = Path(self.outputs), Cell(values).name
+            tags = _tag(self.name, self.study, number) | {"error": reason}
+            tracker = start_tracking(
+                self.uri, self.experiment, outputs, name, parent_id=self.parent_id, tags=tags
+            )
+            tracker.log_params(values)
+            tracker.finish("FAILED")
+            self._note(number, mlflow_run_id=tracker.run_id)
         with open_record(Path(self.outputs), self.sweep, self.name) as record:
             record.cell(values).error = reason
 
@@ -115,12 +123,14 @@ class Session:
         trial = json.loads(lines[job])
         return trial["number"], {"seed": self.seed} | trial["values"]
 
-    def _note(self, number: int, **attributes: str) -> None:
+    def _note(self, number: int, **attributes: str) -> dict[str, Any]:
+        """Sets attributes of a trial, and gives all that it has."""
         storage = SharedStorage(self.storage)
         study_id = storage.get_study_id_from_name(self.study)
         trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
         for name, value in attributes.items():
             storage.set_trial_user_attr(trial_id, name, redact(value)[:2000])
+        return storage.get_trial(trial_id).user_attrs
 
 
 def note_trial(config: DictConfig, trial: optuna.Trial) -> None:
@@ -139,6 +149,10 @@ class SweepCallback(Callback):
     def __init__(self) -> None:
         self._session: Session | None = None
         self._alive: FileLock | None = None
+
+    def __reduce__(self) -> tuple[type[SweepCallback], tuple[()]]:
+        """Launchers hand it on to the processes of the jobs, where it has nothing to do."""
+        return SweepCallback, ()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Prepares study and record, prints the cells, and has the sweeper run what is left.
@@ -226,18 +240,10 @@ def _end(session: Session) -> None:
     )
     is_open = bool(_alive_trials(study))
     failed = [cell for cell in record.cells if cell.error is not None]
+    resolvers.sweep_state.failed = tuple(cell.name for cell in failed)
     if not is_open:
         tracker.finish("FAILED" if failed else "FINISHED")
     print_end(record, is_open)
-
-
-def failed_cells(folder: Path) -> list[Cell]:
-    """What failed of the sweep whose Hydra folder this is."""
-    session = Session.read(folder)
-    if session is None:
-        return []
-    with open_record(Path(session.outputs), session.sweep, session.name) as record:
-        return [cell for cell in record.cells if cell.error is not None]
 
 
 def _space(hydra: DictConfig) -> tuple[dict[str, BaseDistribution], dict[str, Any]]:

@@ -168,7 +168,7 @@ def start_tracking(
             tracker = _reopened(client, run_id)
             tracker.set_tags(tags or {})
             return tracker
-        tags = dict(tags or {})
+        tags = {name: redact(value)[:_MAX_TAG_LENGTH] for name, value in (tags or {}).items()}
         if parent_id is not None and _exists(client, parent_id):
             tags[MLFLOW_PARENT_RUN_ID] = parent_id
             experiment_id = client.get_run(parent_id).info.experiment_id

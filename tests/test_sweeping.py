@@ -231,6 +231,11 @@ def test_sweep_goes_on_after_a_failure(tmp_path):
     assert "will fail" in done.stdout and "1 of 2 cells are finished" in done.stdout
     assert "failed: seed=1 relation_set.num_relation_heads=5" in done.stdout
     assert client_of(outputs).get_run(record.run_id).info.status == "FAILED"
+    below = {run.info.run_id: run for run in runs_below(outputs, record.run_id)}
+    failed = below[attributes["mlflow_run_id"]]
+    assert len(below) == 2 and failed.info.status == "FAILED"
+    assert "num_relation_heads=5" in failed.data.tags["error"]
+    assert failed.data.params["relation_set.num_relation_heads"] == "5"
 
 
 @pytest.mark.integration
@@ -268,6 +273,21 @@ def test_two_processes_share_the_cells(tmp_path):
     record = record_of(outputs)
     assert all(cell.is_finished for cell in record.cells) and len(record.cells) == 3
     assert len(runs_below(outputs, record.run_id)) == 3
+
+
+@pytest.mark.integration
+def test_jobs_in_processes_of_their_own(tmp_path):
+    """Failures that only the job's process knows of, or a session that cannot be sent to it."""
+    outputs = tmp_path / "outputs"
+    parallel = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweeper.n_jobs=2"]
+    heads = "relation_set.num_relation_heads=choice(5,4)"
+    process = start(outputs, *SWEEP, "relations=kk", heads, *parallel)
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode != 0 and "1 of the runs failed" in text, text
+    record = record_of(outputs)
+    assert "num_relation_heads=5" in record.cells[0].error and record.cells[1].is_finished
+    ids = {trial.user_attrs["mlflow_run_id"] for trial in trials_of(outputs)}
+    assert len(ids) == 2
 
 
 @pytest.mark.integration
