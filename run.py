@@ -60,7 +60,9 @@ def job(config: DictConfig) -> float | tuple[float | None, ...] | None:
         _failed_jobs.append(f"{name}: {reason}")
         print(f"error in {redact(_failed_jobs[-1])}", file=sys.stderr)
         if session is not None:
-            session.failed(hydra_config.job.num, reason)
+            from minilm_exp.settings import Tracking
+
+            session.failed(hydra_config.job.num, reason, Tracking(**config.tracking))
         raise
 
 
@@ -85,7 +87,7 @@ def _run(
     from minilm_exp.result import Result
     from minilm_exp.summary import print_summary
 
-    trial = None if session is None else session.trial(hydra_config.job.num)
+    trial = None if session is None else session.trial(hydra_config.job.num, settings.tracking)
     outcome = run_experiment(settings, *_grid(hydra_config, session), trial)
     if isinstance(outcome, Result):
         print_summary(settings, outcome)

@@ -6,7 +6,9 @@ lines differ, so that they can be told apart in grey.
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,22 @@ _LINES = ("-", "--", "-.", ":")
 _GREYS = ("black", "0.35", "0.55")
 
 
-def draw(data: TableData) -> Figure:
+def draw(data: TableData, uri: str | None = None) -> Figure:
     """The figure that the sweep's spec names.
+
+    Args:
+        data: The sweep.
+        uri: Of MLflow, which has the losses.
 
     Raises:
         ExperimentError: The spec names none, or one that there is not.
     """
     given = data.spec.figure
-    kinds = {"line": _line, "pareto": _pareto, "loss": _loss}
+    kinds: dict[str, Callable[[Axes, TableData], None]] = {
+        "line": _line,
+        "pareto": _pareto,
+        "loss": functools.partial(_loss, uri),
+    }
     if given is None or given.kind not in kinds:
         raise ExperimentError(
             f"the table of {data.record.sweep} names no figure of {', '.join(kinds)}"
@@ -139,11 +149,11 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
     return front[::-1]
 
 
-def _loss(axes: Axes, data: TableData) -> None:
+def _loss(uri: str | None, axes: Axes, data: TableData) -> None:
     """Training loss of the first seed of each row."""
     for number, row in enumerate(row for row in data.rows if row.results):
         result = row.results[min(row.results, key=int)]
-        points = open_tracker(data.record.uri, result.run_id).history("distill/loss/total")
+        points = open_tracker(uri, result.run_id).history("distill/loss/total")
         axes.plot(
             [step for step, _ in points],
             [value for _, value in points],
@@ -166,17 +176,18 @@ def _style(number: int) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     given, data = command_line("minilm_exp.figures", __doc__, arguments)
+    uri = given.tracking_uri or data.record.uri
     try:
-        figure = draw(data)
+        figure = draw(data, uri)
     except ExperimentError as error:
         sys.exit(f"error: {error}")
     folder = Path(given.outputs) / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{data.record.sweep}.{ending}" for ending in ("png", "svg")]
+    files = [folder / f"{given.name}.{ending}" for ending in ("png", "svg")]
     for file in files:
         figure.savefig(file, dpi=150)
         print(f"written: {file}")
-    log_files(data, files, "figures")
+    log_files(data, uri, files, "figures")
 
 
 if __name__ == "__main__":

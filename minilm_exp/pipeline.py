@@ -107,6 +107,8 @@ def run_experiment(
             result.write()
             start = time.monotonic()
             _record_setting(settings, result, precision, inputs, tracker)
+            if left is not None and settings.resume and left.made_by.get("git_dirty") == "true":
+                result.made_by["git_dirty"] = "true"
             scoring = Scoring(settings, precision, folder, tracker)
             if settings.recipe.name == "finetune":
                 _score_checkpoint(settings, inputs, splits, scoring, result)
@@ -119,6 +121,18 @@ def run_experiment(
             _record_failure(tracker, result, error)
             raise
     return result
+
+
+def find_finished(settings: Settings) -> Result | None:
+    """The finished run of these settings and the present content of their inputs.
+
+    Raises:
+        ExperimentError: An input cannot be had.
+    """
+    precision, inputs, _ = _identify(settings)
+    if settings.rerun:
+        return None
+    return finished_run(settings, run_key(settings, precision, inputs))
 
 
 def _identify(settings: Settings) -> tuple[str, dict[str, str], dict[str, Splits]]:
@@ -390,6 +404,7 @@ def _record_setting(
         "precision": precision,
         "device": device_name(settings.runtime.device),
         "threads": str(torch.get_num_threads()),
+        **{f"input.{name}": fingerprint for name, fingerprint in inputs.items()},
     }
     tracker.set_tags(
         {
@@ -399,7 +414,6 @@ def _record_setting(
             **{name: value for name, value in result.made_by.items() if name != "precision"},
             "meaningful": str(result.meaningful).lower(),
             **{f"version.{name}": version for name, version in versions().items()},
-            **{f"input.{name}": fingerprint for name, fingerprint in inputs.items()},
         }
     )
     if git["diff"]:

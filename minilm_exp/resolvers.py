@@ -24,7 +24,7 @@ class SweepState:
 
     study: str | None = None
     trials_left: int | None = None
-    trials_asked: int = 0
+    calls: int = 1
     failed: tuple[str, ...] = ()
 
 
@@ -38,7 +38,7 @@ def register_resolvers() -> None:
         ("storage", _storage),
         ("study", lambda: sweep_state.study),
         ("trials_left", lambda total: _either(sweep_state.trials_left, total)),
-        ("sampler_seed", lambda seed: seed + sweep_state.trials_asked),
+        ("sampler_seed", lambda seed: seed + sweep_state.calls - 1),
         ("half", lambda number: _known(number) // 2),
         ("after", lambda number: _known(number) + 1),
         ("upper_layers", _upper_layers),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from filelock import FileLock
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy import make_url
+
+from minilm_exp.redaction import redact
 
 
 class SharedStorage(RDBStorage):
@@ -27,6 +30,12 @@ class SharedStorage(RDBStorage):
         # Two processes that create the same tables at once would break each other.
         with self._lock:
             super().__init__(url)
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """As Optuna's, without passwords: the sweeper keeps the whole command line there."""
+        super().set_trial_user_attr(
+            trial_id, key, redact(value) if isinstance(value, str) else value
+        )
 
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None

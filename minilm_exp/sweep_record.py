@@ -35,6 +35,10 @@ class Cell:
         """Its values as on a command line."""
         return " ".join(f"{key}={value}" for key, value in self.values.items())
 
+    def take(self, result: Result) -> None:
+        """Notes the run that computed it."""
+        self.folder, self.run_key, self.error = result.folder, result.run_key, None
+
     @property
     def result(self) -> Result | None:
         """Of its run; None where there is none, or none that can be read."""
@@ -55,20 +59,40 @@ class SweepRecord:
     Attributes:
         sweep: Name of the file in sweeps/.
         name: The same with a fingerprint of every setting that is not varied.
-        command: Of the last call.
+        commands: Of all calls, each once.
+        calls: How many there were.
+        is_grid: False for a search.
         uri: Of MLflow, without its password.
         run_id: The MLflow run above those of the cells.
-        settings: Settings that the last call gave and that are not varied.
-        cells: In the order of the sweep.
+        cells: In the order of the last call, then those of earlier ones.
     """
 
     sweep: str
     name: str
-    command: list[str] = field(default_factory=list)
+    commands: list[list[str]] = field(default_factory=list)
+    calls: int = 0
+    is_grid: bool = True
     uri: str | None = None
     run_id: str | None = None
-    settings: list[str] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
+
+    def begin(self, command: list[str], is_grid: bool) -> None:
+        """Notes a call."""
+        self.commands = [known for known in self.commands if known != command] + [command]
+        self.calls += 1
+        self.is_grid = is_grid
+
+    def order(self, values: list[dict[str, str]]) -> list[Cell]:
+        """The cells of a grid, in its order, and before those of earlier calls.
+
+        What earlier calls did not finish and this one does not ask for is forgotten, such as a
+        value with a slip.
+        """
+        asked = [self.cell(one) for one in values]
+        if values:
+            others = [cell for cell in self.cells if cell.values not in values]
+            self.cells = asked + [cell for cell in others if cell.is_finished]
+        return asked
 
     def cell(self, values: dict[str, str]) -> Cell:
         """The cell of these values, which is added where it is new."""

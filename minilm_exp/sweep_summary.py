@@ -3,59 +3,81 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 
+from minilm_exp.result import Result
 from minilm_exp.sweep_record import Cell, SweepRecord
 
 
-def print_cells(name: str, cells: list[Cell], seconds: list[float | None]) -> None:
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a cell before it is run.
+
+    Attributes:
+        seconds: A rough estimate; None for settings that are refused.
+        finished: Its run, where it has been run before.
+        error: Why its settings are refused.
+    """
+
+    seconds: float | None = None
+    finished: Result | None = None
+    error: str | None = None
+
+
+def print_cells(name: str, cells: list[Cell], plans: list[Plan]) -> None:
     """The cells of a sweep, which of them are finished, and how long the others will take.
 
     Args:
         name: Of the sweep's record.
         cells: Of this call.
-        seconds: Estimates; None for what cannot be run.
+        plans: What is known of each.
     """
-    took = [result.elapsed_seconds for cell in cells if (result := cell.result) is not None]
+    took = [p.finished.elapsed_seconds for p in plans if p.finished is not None]
     measured = [value for value in took if value is not None]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("cell", "state", "about"):
         table.add_column(heading)
     left = 0.0
-    for cell, estimate in zip(cells, seconds):
-        if estimate is not None and measured:
-            estimate = statistics.fmean(measured)
-        state = "finished" if cell.is_finished else "to do"
-        if estimate is None:
-            state = "will fail"
-        elif not cell.is_finished:
-            left += estimate
-        is_open = state == "to do" and estimate is not None
-        table.add_row(cell.name, state, _time(estimate) if is_open and estimate else "")
+    for cell, plan in zip(cells, plans):
+        if plan.finished is not None:
+            table.add_row(cell.name, "finished", "")
+        elif plan.seconds is None:
+            table.add_row(cell.name, "will fail", plan.error)
+        else:
+            seconds = statistics.fmean(measured) if measured else plan.seconds
+            left += seconds
+            table.add_row(cell.name, "to do", _time(seconds))
     console = Console(markup=False)
     console.print(f"\n{name}: {len(cells)} cells")
     console.print(table)
-    basis = "the finished ones took" if measured else "the sizes of the models; very rough"
+    basis = "what the finished ones took" if measured else "the sizes of the models; very rough"
     console.print(f"about {_time(left)} to go (from {basis})\n" if left else "nothing to do\n")
 
 
-def print_end(record: SweepRecord, is_open: bool) -> None:
-    """How many cells are finished, and what failed, with the reason.
+def print_search(name: str, number: int, total: int, plan: Plan) -> None:
+    """How many trials a search is to make, and how long they will take."""
+    estimate = ""
+    if plan.seconds is not None and number:
+        estimate = f"; about {_time(number * plan.seconds)} (from the sizes of the models)"
+    print(f"\n{name}: {total - number} of {total} trials are finished{estimate}\n", flush=True)
+
+
+def print_end(record: SweepRecord, failed: list[Cell]) -> None:
+    """How many cells are finished, and what failed of this call, with the reason.
 
     Args:
         record: Of the sweep.
-        is_open: Whether another process still computes some.
+        failed: Cells of this call that are not finished.
     """
     console = Console(markup=False)
     finished = sum(cell.is_finished for cell in record.cells)
     console.print(f"\n{record.name}: {finished} of {len(record.cells)} cells are finished")
-    if is_open:
-        console.print("another process is still computing some")
-    for cell in record.cells:
-        if cell.error is not None:
-            console.print(f"failed: {cell.name}: {cell.error}", soft_wrap=True)
+    for cell in failed:
+        reason = cell.error or "not finished; the same command goes on with it"
+        console.print(f"failed: {cell.name}: {reason}", soft_wrap=True)
     console.print(f"table       make table NAME={record.sweep}")
 
 

@@ -13,6 +13,7 @@ import os
 import platform
 import shlex
 import sys
+import time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -21,9 +22,12 @@ from typing import Any
 import optuna
 from filelock import FileLock, Timeout
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl, create_params_from_overrides
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
@@ -36,9 +40,10 @@ from minilm_exp.parsing import parse
 from minilm_exp.provenance import fingerprint_text
 from minilm_exp.redaction import redact
 from minilm_exp.result import Result, write_json
+from minilm_exp.settings import Tracking
 from minilm_exp.studies import SharedStorage
 from minilm_exp.sweep_record import Cell, open_record
-from minilm_exp.sweep_summary import print_cells, print_end
+from minilm_exp.sweep_summary import Plan, print_cells, print_end, print_search
 from minilm_exp.tracking import end_tagged, start_tracking
 from minilm_exp.trial import Trial
 
@@ -61,12 +66,10 @@ class Session:
         sweep: Name of the file in sweeps/.
         name: Of the record.
         study: Of the Optuna study: a grid or space of one record.
-        storage: Of Optuna.
         parent_id: The MLflow run of the sweep.
-        uri: Of MLflow.
-        experiment: Of MLflow.
         sizes: How many values each setting of a grid has; empty for a search.
         seed: Of the runs, where it is not varied.
+        cells: Values of the cells of a grid.
     """
 
     folder: str
@@ -74,12 +77,10 @@ class Session:
     sweep: str
     name: str
     study: str
-    storage: str
     parent_id: str
-    uri: str
-    experiment: str
     sizes: dict[str, int]
     seed: str
+    cells: list[dict[str, str]]
 
     @staticmethod
     def read(folder: Path) -> Session | None:
@@ -87,12 +88,12 @@ class Session:
         file = folder / _SESSION
         return Session(**json.loads(file.read_text("utf-8"))) if file.is_file() else None
 
-    def trial(self, job: int) -> Trial:
+    def trial(self, job: int, tracking: Tracking) -> Trial:
         """What a job's run needs to know of its trial."""
         number, _ = self._asked(job)
 
         def started(run_id: str) -> None:
-            self._note(number, mlflow_run_id=run_id)
+            self._note(number, tracking, mlflow_run_id=run_id)
 
         return Trial(self.parent_id, _tag(self.name, self.study, number), started)
 
@@ -100,21 +101,20 @@ class Session:
         """Puts the run of a job into the record."""
         _, values = self._asked(job)
         with open_record(Path(self.outputs), self.sweep, self.name) as record:
-            cell = record.cell(values)
-            cell.folder, cell.run_key, cell.error = result.folder, result.run_key, None
+            record.cell(values).take(result)
 
-    def failed(self, job: int, reason: str) -> None:
+    def failed(self, job: int, reason: str, tracking: Tracking) -> None:
         """Puts the reason into the record, the trial, and MLflow, where no run began."""
         number, values = self._asked(job)
-        if "mlflow_run_id" not in self._note(number, error=reason):
+        if "mlflow_run_id" not in self._note(number, tracking, error=reason):
             outputs, name = Path(self.outputs), Cell(values).name
             tags = _tag(self.name, self.study, number) | {"error": reason}
             tracker = start_tracking(
-                self.uri, self.experiment, outputs, name, parent_id=self.parent_id, tags=tags
+                tracking.uri, tracking.experiment, outputs, name, None, self.parent_id, tags
             )
             tracker.log_params(values)
             tracker.finish("FAILED")
-            self._note(number, mlflow_run_id=tracker.run_id)
+            self._note(number, tracking, mlflow_run_id=tracker.run_id)
         with open_record(Path(self.outputs), self.sweep, self.name) as record:
             record.cell(values).error = reason
 
@@ -123,19 +123,19 @@ class Session:
         trial = json.loads(lines[job])
         return trial["number"], {"seed": self.seed} | trial["values"]
 
-    def _note(self, number: int, **attributes: str) -> dict[str, Any]:
+    def _note(self, number: int, tracking: Tracking, **attributes: str) -> dict[str, Any]:
         """Sets attributes of a trial, and gives all that it has."""
-        storage = SharedStorage(self.storage)
+        storage = SharedStorage(tracking.studies)
         study_id = storage.get_study_id_from_name(self.study)
         trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
         for name, value in attributes.items():
-            storage.set_trial_user_attr(trial_id, name, redact(value)[:2000])
+            storage.set_trial_user_attr(trial_id, name, value[:2000])
         return storage.get_trial(trial_id).user_attrs
 
 
 def note_trial(config: DictConfig, trial: optuna.Trial) -> None:
     """Keeps a trial's number for its job; the sweeper calls it once it has asked for the trial."""
-    folder = Path(config.hydra.sweep.dir)
+    folder = _folder(config)
     trial.set_user_attr("session", str(folder))
     trial.set_user_attr("host", platform.node())
     values = {name: str(value) for name, value in trial.params.items()}
@@ -161,7 +161,7 @@ class SweepCallback(Callback):
             SystemExit: The sweep cannot begin; Hydra turns other exceptions into warnings.
         """
         try:
-            folder = Path(config.hydra.sweep.dir)
+            folder = _folder(config)
             folder.mkdir(parents=True, exist_ok=True)
             self._alive = FileLock(folder / _ALIVE)
             self._alive.acquire(timeout=0)
@@ -172,86 +172,130 @@ class SweepCallback(Callback):
             raise SystemExit(f"error: {redact(reason)}") from error
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Ends the MLflow run of the sweep and says what stands and what failed."""
-        if self._session is not None:
-            _end(self._session)
+        """Waits for cells that other processes compute, and says what stands and what failed."""
         if self._alive is not None:
+            # A trial that an interruption left is no longer alive.
             self._alive.release()
+        if self._session is not None:
+            _end(self._session, _tracking(config))
+
+
+def _folder(config: DictConfig) -> Path:
+    return Path(os.path.abspath(str(config.hydra.sweep.dir)))
+
+
+def _tracking(config: DictConfig) -> Tracking:
+    tracking = config.tracking
+    return Tracking(str(tracking.uri), str(tracking.experiment), str(tracking.studies))
 
 
 def _start(config: DictConfig) -> Session:
     hydra = config.hydra
     outputs = Path(os.path.abspath(os.path.expanduser(str(config.outputs_dir))))
     outputs.mkdir(parents=True, exist_ok=True)
-    sweep = str(hydra.runtime.choices.sweeps)
-    space, settings = _space(hydra)
+    sweep, tracking = str(hydra.runtime.choices.sweeps), _tracking(config)
+    space = _space(hydra)
     is_grid = hydra.runtime.choices["hydra/sweeper/sampler"] == "grid"
-    name = f"{sweep}-{_fingerprint(config, space)}"
-    study_name = f"{name}-{fingerprint_text(repr(sorted(space.items(), key=str)))[:8]}"
-    storage = str(config.tracking.studies)
-    study = optuna.create_study(
-        study_name=study_name,
-        storage=SharedStorage(storage),
-        directions=_directions(hydra.sweeper.direction),
-        load_if_exists=True,
-    )
-    uri, experiment = str(config.tracking.uri), str(config.tracking.experiment)
-    for number in _end_dead_trials(study):
-        for tag, value in _tag(name, study_name, number).items():
-            end_tagged(uri, experiment, tag, value)
+    directions = _directions(hydra.sweeper.direction)
+    if len(directions) != len(config.trial_values):
+        raise ExperimentError(
+            f"trial_values={list(config.trial_values)} needs a direction each:"
+            f" hydra.sweeper.direction={[d.name.lower() for d in directions]} has {len(directions)}"
+        )
     grid = _grid(space) if is_grid else {}
     cells = _cells(grid) if is_grid else []
+    plans = [_plan(config, cell) for cell in cells or [{}]]
+    seed = {"seed": str(config.seed)}
+    name = f"{sweep}-{_fingerprint(config, space)}"
+    # One queue for each grid: another seed or data_root is another, of the same record.
+    of_study = [sorted(space.items(), key=str), seed, config.data_root, directions]
+    study_name = f"{name}-{fingerprint_text(repr(of_study))[:8]}"
+    study = optuna.create_study(
+        study_name=study_name,
+        storage=SharedStorage(tracking.studies),
+        directions=directions,
+        load_if_exists=True,
+    )
     with open_record(outputs, sweep, name) as record:
-        record.command = [Path(sys.argv[0]).name, *sys.argv[1:]]
-        record.settings = [f"{key}={value}" for key, value in settings.items()]
-        seed = {"seed": str(config.seed)}
-        known = [record.cell(seed | {k: str(v) for k, v in cell.items()}) for cell in cells]
-        tracker = start_tracking(uri, experiment, outputs, name, record.run_id)
-        record.uri, record.run_id = redact(uri), tracker.run_id
-        number = _enqueue(study, grid, known)
-        tracker.set_tags(
-            {"sweep": sweep, "study": study_name, "command": shlex.join(record.command)}
-        )
+        for trial in _end_dead_trials(study):
+            for tag, value in _tag(name, study_name, trial.number).items():
+                end_tagged(tracking.uri, tracking.experiment, tag, value)
+            if not is_grid:
+                study.enqueue_trial(trial.params)
+        record.begin([redact(word) for word in (Path(sys.argv[0]).name, *sys.argv[1:])], is_grid)
+        known = record.order([seed | {k: str(v) for k, v in cell.items()} for cell in cells])
+        for cell, plan in zip(known, plans):
+            if plan.finished is not None:
+                cell.take(plan.finished)
+        tracker = start_tracking(
+            tracking.uri, tracking.experiment, outputs, name, record.run_id, None,
+            {"sweep": sweep, "study": study_name, "command": shlex.join(record.commands[-1])},
+        )  # fmt: skip
+        record.uri, record.run_id = redact(tracking.uri), tracker.run_id
+        resolvers.sweep_state.calls = record.calls
+        if is_grid:
+            number = _enqueue(study, grid, [plan.finished is not None for plan in plans])
+        else:
+            done = len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
+            number = max(0, int(config.num_trials) - done)
     if is_grid:
-        seconds = [_seconds(config, cell) for cell in cells]
-        print_cells(name, known, seconds)
+        print_cells(name, known, plans)
     else:
-        done = len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
-        number = max(0, int(config.num_trials) - done)
-        print(f"{name}: {done} of {config.num_trials} trials are finished", flush=True)
+        print_search(name, number, int(config.num_trials), plans[0])
     resolvers.sweep_state.study = study_name
     resolvers.sweep_state.trials_left = number
-    resolvers.sweep_state.trials_asked = len(study.trials)
-    sizes = {name: len(values) for name, values in grid.items()}
     session = Session(
-        str(hydra.sweep.dir), str(outputs), sweep, name, study_name, storage, tracker.run_id, uri,
-        experiment, sizes, str(config.seed),
+        str(_folder(config)), str(outputs), sweep, name, study_name, tracker.run_id,
+        {axis: len(values) for axis, values in grid.items()}, str(config.seed),
+        [cell.values for cell in known],
     )  # fmt: skip
-    write_json(Path(hydra.sweep.dir) / _SESSION, asdict(session))
+    write_json(_folder(config) / _SESSION, asdict(session))
     return session
 
 
-def _end(session: Session) -> None:
+def _end(session: Session, tracking: Tracking) -> None:
+    study = optuna.load_study(study_name=session.study, storage=SharedStorage(tracking.studies))
+    if _alive_trials(study):
+        print("waiting for the cells that another process computes", flush=True)
+    while _alive_trials(study):
+        time.sleep(2)
     with open_record(Path(session.outputs), session.sweep, session.name) as record:
         pass
-    study = optuna.load_study(study_name=session.study, storage=SharedStorage(session.storage))
-    tracker = start_tracking(
-        session.uri, session.experiment, Path(session.outputs), session.name, session.parent_id
-    )
-    is_open = bool(_alive_trials(study))
-    failed = [cell for cell in record.cells if cell.error is not None]
+    called = [cell for cell in record.cells if not session.cells or cell.values in session.cells]
+    failed = [cell for cell in called if not cell.is_finished]
     resolvers.sweep_state.failed = tuple(cell.name for cell in failed)
-    if not is_open:
-        tracker.finish("FAILED" if failed else "FINISHED")
-    print_end(record, is_open)
+    tracker = start_tracking(
+        tracking.uri, tracking.experiment, Path(session.outputs), session.name, session.parent_id
+    )
+    tracker.finish("FAILED" if failed else "FINISHED")
+    print_end(record, failed)
 
 
-def _space(hydra: DictConfig) -> tuple[dict[str, BaseDistribution], dict[str, Any]]:
-    """What is varied, as the sweeper will read it, and what the command line fixes."""
+def _plan(config: DictConfig, cell: dict[str, Any]) -> Plan:
+    from minilm_exp.pipeline import find_finished  # heavy, and the config was found right
+
+    task = list(config.hydra.overrides.task)
+    swept = OverridesParser.create().parse_overrides(task)
+    fixed = [o for o, parsed in zip(task, swept) if not parsed.is_sweep_override()]
+    overrides = [o for o in fixed if o.split("=")[0] not in cell]
+    overrides += [f"{name}={value}" for name, value in cell.items()]
+    typed = {override.split("=")[0].lstrip("+~") for override in overrides}
+    try:
+        composed = GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
+        with read_write(composed), open_dict(composed):
+            del composed["hydra"]
+        settings = parse(composed, True, typed)
+        return Plan(estimate_seconds(settings), find_finished(settings) if cell else None)
+    except (ExperimentError, HydraException, OmegaConfBaseException) as error:
+        return Plan(error=redact(str(error)))
+
+
+def _space(hydra: DictConfig) -> dict[str, BaseDistribution]:
+    """What is varied, as the sweeper will read it."""
     given = [f"{name}={values}" for name, values in (hydra.sweeper.params or {}).items()]
     given += list(hydra.overrides.task)
     space, fixed, _ = create_params_from_overrides(given)
-    return {name: d for name, d in space.items() if name not in fixed}, fixed
+    return {name: d for name, d in space.items() if name not in fixed}
 
 
 def _grid(space: dict[str, BaseDistribution]) -> dict[str, list[Any]]:
@@ -287,8 +331,10 @@ def _directions(given: Any) -> list[StudyDirection]:
     return [StudyDirection[str(getattr(one, "name", one)).upper()] for one in several]
 
 
-def _enqueue(study: optuna.Study, grid: dict[str, list[Any]], known: list[Cell]) -> int:
+def _enqueue(study: optuna.Study, grid: dict[str, list[Any]], is_finished: list[bool]) -> int:
     """Puts the cells that are neither finished nor being run into the study's queue.
+
+    A finished one without a complete trial, as after a run by itself, gets its trial too.
 
     Returns:
         How many trials are to be asked for, those that were in the queue before with them.
@@ -301,8 +347,8 @@ def _enqueue(study: optuna.Study, grid: dict[str, list[Any]], known: list[Cell])
     # Its bookkeeping fails for trials of a queue that have no place in the grid.
     sampler = optuna.samplers.GridSampler(grid)
     places = [dict(zip(sampler._param_names, values)) for values in sampler._all_grids]
-    for values, cell in zip(_cells(grid), known):
-        if values in running or values in waiting or (values in complete and cell.is_finished):
+    for values, finished in zip(_cells(grid), is_finished):
+        if values in running or values in waiting or (values in complete and finished):
             continue
         attributes = {
             "fixed_params": values,
@@ -324,47 +370,33 @@ def _tag(name: str, study: str, number: int) -> dict[str, str]:
     return {f"sweep.{name}": f"{study} {number}"}
 
 
-def _end_dead_trials(study: optuna.Study) -> list[int]:
-    """Marks trials of processes that were killed as FAILED, and gives their numbers."""
+def _end_dead_trials(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Marks trials of processes that were killed as FAILED, and gives them."""
     dead = []
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         if not _is_alive(trial):
             storage: BaseStorage = study._storage
             storage.set_trial_user_attr(trial._trial_id, "error", "its process was killed")
             study.tell(trial.number, state=TrialState.FAIL)
-            dead.append(trial.number)
+            dead.append(trial)
     return dead
 
 
 def _is_alive(trial: optuna.trial.FrozenTrial) -> bool:
-    """Whether a running trial's process lives; on another machine that is taken for granted."""
+    """Whether a running trial's process lives.
+
+    Its lock says so wherever its folder can be seen; of another machine's it is taken for granted.
+    """
     session, host = trial.user_attrs.get("session"), trial.user_attrs.get("host")
     if session is None:  # between the sweeper's question and `note_trial`, or killed there
         started = trial.datetime_start
         return started is not None and datetime.now() - started < timedelta(minutes=1)
-    if host != platform.node():
-        return True
     lock = FileLock(Path(session) / _ALIVE)
     if not Path(lock.lock_file).exists():
-        return False
+        return host != platform.node()
     try:
         lock.acquire(timeout=0)
     except Timeout:
         return True
     lock.release()
     return False
-
-
-def _seconds(config: DictConfig, cell: dict[str, Any]) -> float | None:
-    """A rough estimate; None for a cell whose settings do not fit together."""
-    loader = GlobalHydra.instance().config_loader()
-    overrides = [o for o in config.hydra.overrides.task if o.split("=")[0] not in cell]
-    overrides += [f"{name}={value}" for name, value in cell.items()]
-    typed = {override.split("=")[0].lstrip("+~") for override in overrides}
-    try:
-        composed = loader.load_sweep_config(config, overrides)
-        with read_write(composed), open_dict(composed):
-            del composed["hydra"]
-        return estimate_seconds(parse(composed, True, typed))
-    except ExperimentError:
-        return None

@@ -135,29 +135,30 @@ def collect(record: SweepRecord, spec: TableSpec, allow_mixed: bool = False) -> 
     """
     problems: list[str] = []
     found: list[tuple[Cell, Result]] = []
-    for cell in record.cells:
+    # A search goes on without the trials that failed; of a grid every cell is wanted.
+    cells = [cell for cell in record.cells if record.is_grid or cell.error is None]
+    for cell in cells:
         problem = _problem(cell)
         if problem is None and (result := cell.result) is not None:
             found.append((cell, result))
             problems += _duplicates(cell, result)
         else:
             problems.append(f"{cell.name}: {problem}")
-    problems += _mixed(found)
     axes = _axes(record, spec)
-    among = {axis: list(dict.fromkeys(c.values[axis] for c in record.cells)) for axis in axes}
-    layers = _teacher_layers(found)
+    problems += _mixed(found, axes)
     rows: dict[tuple[str, ...], Row] = {}
-    for cell in record.cells:
+    for cell in cells:
         values = {axis: cell.values[axis] for axis in axes}
-        parts = spec.parts(values, among, layers)
-        rows.setdefault(tuple(values.values()), Row(values, parts))
+        rows.setdefault(tuple(values.values()), Row(values, []))
     for cell, result in found:
         row = rows[tuple(cell.values[axis] for axis in axes)]
         row.results[cell.values["seed"]] = result
-    seeds = {cell.values["seed"] for cell in record.cells}
+    for row in rows.values():
+        row.parts = spec.parts(row.values, _teacher_layers(row))
+    seeds = {cell.values["seed"] for cell in cells}
     for row in rows.values():
         missing = sorted(seeds - set(row.results))
-        known = {c.values["seed"] for c in record.cells if _is_in(c, row)}
+        known = {c.values["seed"] for c in cells if _is_in(c, row)}
         problems += [
             f"{row.label}: seed {seed} is missing" for seed in missing if seed not in known
         ]
@@ -165,7 +166,8 @@ def collect(record: SweepRecord, spec: TableSpec, allow_mixed: bool = False) -> 
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise ExperimentError(
             f"no table of {record.name}:\n{listed}\nrun the sweep again, which computes what is"
-            " missing, or print it all the same with --allow-mixed, which says so in the table"
+            " missing (with rerun=true also what is finished), or print it all the same with"
+            " --allow-mixed, which says so in the table"
         )
     tasks = list(dict.fromkeys(task for _, result in found for task in result.scores))
     columns = {task: spec.columns.get(task, Named(task)) for task in tasks}
@@ -175,7 +177,7 @@ def collect(record: SweepRecord, spec: TableSpec, allow_mixed: bool = False) -> 
         is_papers = set(tasks) == set(spec.columns) - {"mean"}
         columns["mean"] = mean if is_papers else Named(mean.label)
     papers = {n: c for n, c in spec.columns.items() if c.paper and columns.get(n) != c}
-    all_rows = [*rows.values(), *_unavailable(spec, rows.values(), among)]
+    all_rows = [*rows.values(), *_unavailable(spec, rows.values())]
     return TableData(spec, record, all_rows, columns, spec.more, papers, problems)
 
 
@@ -213,7 +215,7 @@ def _duplicates(cell: Cell, result: Result) -> Iterable[str]:
                 yield f"{cell.name}: is there twice, remove {folder.name} or {other.name}"
 
 
-def _mixed(found: list[tuple[Cell, Result]]) -> Iterable[str]:
+def _mixed(found: list[tuple[Cell, Result]], axes: list[str]) -> Iterable[str]:
     first: dict[str, Cell] = {}
     for cell, result in found:
         if result.run_key in first:
@@ -229,6 +231,14 @@ def _mixed(found: list[tuple[Cell, Result]]) -> Iterable[str]:
         values = {result.made_by.get(name, "unknown") for _, result in found}
         if len(values) > 1:
             yield f"cells of several kinds of {name}: {', '.join(sorted(values))}"
+    names = {n for _, r in found for n in r.made_by if n.startswith("input.")}
+    for name in sorted(names):
+        if any(axis.startswith(name.split(".")[1]) for axis in axes):
+            continue
+        values = {r.made_by[name] for _, r in found if name in r.made_by}
+        if len(values) > 1:
+            shown = ", ".join(sorted(value[:8] for value in values))
+            yield f"cells with another content of {name.removeprefix('input.')}: {shown}"
 
 
 def _axes(record: SweepRecord, spec: TableSpec) -> list[str]:
@@ -242,9 +252,9 @@ def _is_in(cell: Cell, row: Row) -> bool:
     return all(cell.values[axis] == value for axis, value in row.values.items())
 
 
-def _teacher_layers(found: list[tuple[Cell, Result]]) -> int:
+def _teacher_layers(row: Row) -> int:
     """Of the runs' teacher."""
-    for _, result in found:
+    for result in row.results.values():
         try:
             text = (Path(result.folder) / "config.yaml").read_text(encoding="utf-8")
             return int(yaml.safe_load(text)["teacher"]["num_layers"])
@@ -253,11 +263,9 @@ def _teacher_layers(found: list[tuple[Cell, Result]]) -> int:
     return 1
 
 
-def _unavailable(
-    spec: TableSpec, rows: Iterable[Row], among: dict[str, list[str]]
-) -> Iterable[Row]:
+def _unavailable(spec: TableSpec, rows: Iterable[Row]) -> Iterable[Row]:
     """Rows that the paper has and that were not run, for the reason that the spec gives."""
     there = [row.values for row in rows]
     for values, reason in spec.unavailable:
         if not any(values.items() <= row.items() for row in there):
-            yield Row(values, spec.parts(values, among, 1), {}, reason)
+            yield Row(values, spec.parts(values, 1), {}, reason)

@@ -22,10 +22,12 @@ class Named:
     Attributes:
         label: For people.
         paper: By the table's name, a column, or what the row has in some columns.
+        is_foreign: Whether the spec knows nothing of the setting, and so of the paper's number.
     """
 
     label: str
     paper: dict[str, _Place] = field(default_factory=dict)
+    is_foreign: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,24 +37,24 @@ class Axis:
     Attributes:
         label: Of its values, with {value} in it.
         values: Those that have a name of their own.
-        in_order: Stand for the values from the largest to the smallest, where there are as many.
+        shares: Of a number of layers: by the divisor of the teacher's, 2 for a half of them.
         depth: For teacher layers: by the table's name, the column of the layer and the number of
             layers. A layer stands beside the paper's at the same share of the depth.
     """
 
     label: str
     values: dict[str, Named]
-    in_order: list[dict[str, _Place]]
+    shares: dict[int, dict[str, _Place]]
     depth: dict[str, tuple[str, int]]
 
-    def named(self, value: str, among: list[str], teacher_layers: int) -> Named:
+    def named(self, value: str, teacher_layers: int) -> Named:
         """Name and places of one of the values that the rows have."""
         if value in self.values:
             return self.values[value]
         label = self.label.format(value=_short(value))
-        if len(self.in_order) == len(among):
-            order = sorted(among, key=float, reverse=True)
-            return Named(label, self.in_order[order.index(value)])
+        for divisor, paper in self.shares.items():
+            if int(value) == teacher_layers // divisor:
+                return Named(label, paper)
         # The paper's table of a teacher as deep, else the first.
         same = [t for t, (_, layers) in self.depth.items() if layers == teacher_layers]
         for table in same or list(self.depth)[:1]:
@@ -100,14 +102,12 @@ class TableSpec:
     figure: Figure | None
     unavailable: list[tuple[dict[str, str], str]]
 
-    def parts(
-        self, values: dict[str, str], among: dict[str, list[str]], teacher_layers: int
-    ) -> list[Named]:
+    def parts(self, values: dict[str, str], teacher_layers: int) -> list[Named]:
         """Names and places of a row's values, and of all of them together."""
         parts = [
-            self.axes[axis].named(value, among.get(axis, []), teacher_layers)
+            self.axes[axis].named(value, teacher_layers)
             if axis in self.axes
-            else Named(f"{axis}={value}")
+            else Named(f"{axis}={value}", is_foreign=True)
             for axis, value in values.items()
         ]
         parts += [Named("", paper) for cell, paper in self.cells if cell == values]
@@ -115,6 +115,8 @@ class TableSpec:
 
     def paper_value(self, row: list[Named], column: Named) -> tuple[float | str | None, str | None]:
         """The paper's number of a cell and its table, or None."""
+        if any(part.is_foreign for part in row):
+            return None, None
         for table, place in column.paper.items():
             name, match = (place, {}) if isinstance(place, str) else (None, dict(place))
             for part in row:
@@ -162,7 +164,7 @@ def read_spec(file: Path) -> TableSpec:
 def _axis(content: dict[str, Any]) -> Axis:
     values = {str(value): named for value, named in _named(content.get("values", {})).items()}
     depth = {table: (place[0], int(place[1])) for table, place in content.get("depth", {}).items()}
-    return Axis(content.get("label", "{value}"), values, content.get("in_order", []), depth)
+    return Axis(content.get("label", "{value}"), values, content.get("shares", {}), depth)
 
 
 def _short(value: str) -> str:

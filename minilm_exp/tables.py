@@ -82,7 +82,7 @@ def footer(data: TableData) -> list[str]:
             " steps, data): compare the order, not the numbers."
         )
     lines += [
-        f"Command: {shlex.join(['python', *data.record.command])}",
+        *(f"Command: {shlex.join(['python', *words])}" for words in data.record.commands),
         f"Runs: {data.record.name}, {len(results)} of {len(data.record.cells)} cells,"
         f" {hours:.2f} hours, precision {all_of('precision')}, on {all_of('device')}.",
         f"Commit: {all_of('git_commit')}; results version {all_of('results_version')}.",
@@ -234,9 +234,18 @@ def _source(table: str) -> str:
 
 
 def _escape(text: str) -> str:
-    for sign in "\\&%$#_{}":
-        text = text.replace(sign, r"\textbackslash{}" if sign == "\\" else f"\\{sign}")
-    return text.replace("±", r"$\pm$").replace("×", r"$\times$").replace("~", r"\textasciitilde{}")
+    return "".join(_LATEX.get(sign, sign) for sign in text)
+
+
+_LATEX = {sign: f"\\{sign}" for sign in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"$<$",
+    ">": r"$>$",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+}
 
 
 def command_line(
@@ -250,6 +259,9 @@ def command_line(
     parser.add_argument(
         "--allow-mixed", action="store_true", help="whatever the cells are, and say so"
     )
+    parser.add_argument(
+        "--tracking-uri", help="of MLflow, where it has a password, which is not kept"
+    )
     given = parser.parse_args(arguments)
     try:
         record = newest_record(given.outputs.absolute(), given.name)
@@ -259,10 +271,10 @@ def command_line(
         sys.exit(f"error: {error}")
 
 
-def log_files(data: TableData, files: list[Path], folder: str) -> None:
+def log_files(data: TableData, uri: str | None, files: list[Path], folder: str) -> None:
     """Puts them into the MLflow run of the sweep; a store out of reach is said."""
     try:
-        tracker = open_tracker(data.record.uri, data.record.run_id)
+        tracker = open_tracker(uri, data.record.run_id)
         for file in files:
             tracker.log_artifact(file, folder)
     except ExperimentError as error:
@@ -277,10 +289,10 @@ def main(arguments: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for ending, write in FORMATS.items():
-        files.append(folder / f"{data.record.sweep}.{ending}")
+        files.append(folder / f"{given.name}.{ending}")
         files[-1].write_text(write(data), encoding="utf-8")
         print(f"written: {files[-1]}")
-    log_files(data, files, "tables")
+    log_files(data, given.tracking_uri or data.record.uri, files, "tables")
 
 
 if __name__ == "__main__":

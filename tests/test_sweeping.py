@@ -1,6 +1,7 @@
 """Sweeps: their cells, and what is lost or done twice when they are repeated, killed or doubled."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from test_run import client_of, command, environment, run
 from minilm_exp.parsing import parse
 from minilm_exp.provenance import run_key
 from minilm_exp.resolvers import register_resolvers
+from minilm_exp.studies import SharedStorage
 from minilm_exp.sweep_record import open_record, read_record
 from minilm_exp.sweeping import _cells, _grid, _space
 
@@ -48,8 +50,7 @@ def cells_of(*overrides):
     config = composed(*fixed, hydra=True)
     with read_write(config.hydra.overrides):
         config.hydra.overrides.task = list(overrides)
-    space, _ = _space(config.hydra)
-    return _cells(_grid(space))
+    return _cells(_grid(_space(config.hydra)))
 
 
 def test_every_sweep_is_counted_here():
@@ -201,6 +202,39 @@ def copied(tmp_path):
 
 
 @pytest.mark.integration
+def test_rerun_computes_all_again(swept, copied):
+    """rerun=true that does nothing because all is finished."""
+    outputs = copied(swept[0])
+    done = run(outputs, *TWO, "rerun=true")
+    assert done.status == 0, done.both
+    assert len(list(outputs.glob("runs/*/result.json"))) == 4
+
+
+@pytest.mark.integration
+def test_slip_is_named_and_forgotten(swept, copied):
+    """A value with a slip that ends the sweep, or that no later table gets rid of."""
+    outputs = copied(swept[0])
+    done = run(outputs, *SWEEP, "relations=choice(kk,vvv)")
+    assert done.status != 0 and "will fail" in done.stdout
+    assert "failed: seed=1 relations=vvv" in done.stdout
+    assert run(outputs, *TWO).status == 0
+    assert [cell.values["relations"] for cell in record_of(outputs).cells] == ["kk", "vv"]
+
+
+@pytest.mark.integration
+def test_passwords_are_not_kept(tmp_path):
+    """A password of a database in the record, the session or the study."""
+    outputs = tmp_path / "outputs"
+    secret = "tracking.experiment=x://user:hunter2@host"
+    run(outputs, *SWEEP, "relations=kk", "relation_set.num_relation_heads=5", secret)
+    files = [path for path in outputs.rglob("*") if path.is_file()]
+    assert any(path.name == "sweep.json" for path in files)
+    # The name of the experiment itself stands in MLflow's own database.
+    found = [p.name for p in files if b"hunter2" in p.read_bytes() and "mlflow.db" not in p.name]
+    assert found == []
+
+
+@pytest.mark.integration
 def test_removed_run_is_computed_again(swept, copied):
     """A cell whose trial is complete and whose run is gone, taken for finished."""
     import shutil
@@ -273,6 +307,46 @@ def test_two_processes_share_the_cells(tmp_path):
     record = record_of(outputs)
     assert all(cell.is_finished for cell in record.cells) and len(record.cells) == 3
     assert len(runs_below(outputs, record.run_id)) == 3
+    assert len({trial.user_attrs["session"] for trial in trials_of(outputs)}) == 2
+
+
+@pytest.mark.integration
+def test_two_seeds_in_two_terminals(tmp_path):
+    """Cells of the other call taken for one's own, and never run."""
+    outputs = tmp_path / "outputs"
+    processes = [start(outputs, *TWO, f"seed={seed}") for seed in (1, 2)]
+    texts = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
+    record = record_of(outputs)
+    assert len(record.cells) == 4 and all(cell.is_finished for cell in record.cells)
+
+
+def take_trials(url, taken):
+    study = optuna.load_study(study_name="queue", storage=SharedStorage(url))
+    while (trial := study._pop_waiting_trial_id()) is not None:
+        taken.put(trial)
+    taken.put(None)
+
+
+def test_waiting_trials_are_taken_once(tmp_path):
+    """Two processes that get the same trial from SQLite."""
+    url = f"sqlite:///{tmp_path}/optuna.db"
+    study = optuna.create_study(study_name="queue", storage=SharedStorage(url))
+    for number in range(60):
+        study.enqueue_trial({"x": number})
+    processes = multiprocessing.get_context("spawn")
+    queue = processes.Queue()
+    workers = [processes.Process(target=take_trials, args=(url, queue)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    taken, ended = [], 0
+    while ended < 3:
+        trial = queue.get(timeout=120)
+        ended += trial is None
+        taken += [trial] * (trial is not None)
+    for worker in workers:
+        worker.join()
+    assert len(taken) == len(set(taken)) == 60
 
 
 @pytest.mark.integration
@@ -325,8 +399,12 @@ def test_search(tmp_path):
             ["-m", "sweeps=relation_set", "training.learning_rate=interval(0.1,0.2)"],
             ["training.learning_rate", "choice"],
         ),
+        (
+            ["-m", "sweeps=search", "trial_values=[score,parameters]"],
+            ["trial_values", "hydra.sweeper.direction"],
+        ),
     ],
-    ids=["no -m", "misspelt", "unknown shape", "a range in a grid"],
+    ids=["no -m", "misspelt", "unknown shape", "a range in a grid", "no direction"],
 )
 def test_sweep_that_cannot_begin(tmp_path, overrides, words):
     """Nothing said, or a traceback, or a run with the defaults."""

@@ -31,6 +31,7 @@ MADE_BY = {
     "results_version": str(RESULTS_VERSION),
     "precision": "bf16",
     "device": "a processor",
+    "input.corpus": "a text",
 }
 SCORES = {"qq_kk_vv": [0.80, 0.81, 0.82], "kk_vv": [0.70, 0.71, 0.72], "qq": [0.79, 0.83, 0.80]}
 
@@ -54,7 +55,7 @@ class Outputs:
         result.made_by = made_by
         result.write()
         with open_record(self.root, self.sweep, self.name) as record:
-            record.command = ["run.py", "-m", f"sweeps={self.sweep}"]
+            record.commands = [["run.py", "-m", f"sweeps={self.sweep}"]]
             cell = record.cell({"seed": "1"} | values)
             cell.folder, cell.run_key = str(folder), key
         return result
@@ -102,7 +103,10 @@ def test_numbers(outputs):
 
 def test_difference_is_welchs_test():
     """Bold by a test that takes equal variances for granted, or with one seed."""
-    for first, second in itertools.product(SCORES.values(), repeat=2):
+    # A test that takes equal variances for granted finds no difference in the last pair.
+    pairs = [*itertools.product(SCORES.values(), repeat=2)]
+    pairs.append(([0.50, 0.51, 0.49, 0.50, 0.505, 0.495, 0.50], [0.52, 0.53]))
+    for first, second in pairs:
         p = stats.ttest_ind(first, second, equal_var=False).pvalue
         assert Measured(first).differs_from(Measured(second)) == (p < 0.05)
     assert not Measured([0.9]).differs_from(Measured([0.1, 0.1]))
@@ -188,6 +192,11 @@ def age(outputs, result):
     result.write()
 
 
+def change_data(outputs, result):
+    result.made_by["input.corpus"] = "another text"
+    result.write()
+
+
 def change_precision(outputs, result):
     result.made_by["precision"] = "fp32"
     result.write()
@@ -225,6 +234,7 @@ def leave_out_seed(outputs, result):
         (change_tree, "uncommitted changes"),
         (age, f"results version 1, this program's is {RESULTS_VERSION}"),
         (change_precision, "several kinds of precision: bf16, fp32"),
+        (change_data, "another content of corpus: a text, another"),
         (double, "is there twice"),
         (fail, "failed: the loss is not finite"),
         (never_run, "has not been run to its end"),
@@ -242,7 +252,7 @@ def test_refuses_and_names(outputs, spoil, words, capsys):
         outputs.table()
     message = str(caught.value)
     assert words in message and "--allow-mixed" in message
-    if spoil is not change_precision:
+    if spoil not in (change_precision, change_data):
         named = "Q-K + V-V" if spoil is leave_out_seed else "seed=2 relations=qk_vv"
         assert named in message and message.count("\n  ") == 1
     text = markdown(outputs.table(allow_mixed=True))
@@ -334,7 +344,26 @@ def test_papers_numbers_are_found(tmp_path, name):
     assert len(found) == number, [(row["row"], row["column"]) for row in found]
 
 
-def test_shapes_stand_beside_the_papers_by_rank(tmp_path):
+def test_paper_is_left_out_where_more_is_varied(outputs):
+    """The paper's number for one student beside every student."""
+    made = Outputs(outputs.root / "more", "more_relations")
+    for student in ("l6h384", "l6h768"):
+        made.add({"relations": "all", "student": student}, {"mnli": 0.5})
+    assert headings(made.table()) == ["", "MNLI-m"]
+
+
+def test_failed_trials_of_a_search_are_left_out(tmp_path):
+    """One failure of a search, and no table ever."""
+    made = Outputs(tmp_path, "search")
+    for rate in ("0.00123456", "0.1"):
+        made.add({"relations": "kk", "training.learning_rate": rate}, {"mnli": 0.5})
+    with open_record(made.root, made.sweep, made.name) as record:
+        record.is_grid = False
+        record.cells[-1].error = "the loss is not finite"
+    assert [row[0] for row in texts(made.table())] == ["kk, rate 0.00123"]
+
+
+def test_shapes_stand_beside_the_papers_by_share(tmp_path):
     """The paper's 3 layers beside our 3, where ours are a half and the paper's a quarter."""
     made = Outputs(tmp_path, "layer_to_layer", layers=6)
     for layers in "321":
