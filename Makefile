@@ -37,7 +37,7 @@ table: $(STAMP) ## print and write the table of a sweep: NAME=relation_set
 figure: $(STAMP) ## draw the figure of a sweep: NAME=teacher_layer
 	$(BIN)/python -m minilm_exp.figures $(NAME) $(ARGS)
 
-test: $(STAMP) ## run the tests (5 minutes on 2 cores, no network)
+test: $(STAMP) ## run the tests (8 minutes on 2 cores, no network)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(STAMP) ## ruff and mypy
