@@ -177,7 +177,8 @@ class SweepCallback(Callback):
             # A trial that an interruption left is no longer alive.
             self._alive.release()
         if self._session is not None:
-            _end(self._session, _tracking(config))
+            is_interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
+            _end(self._session, _tracking(config), is_interrupted)
 
 
 def _folder(config: DictConfig) -> Path:
@@ -253,12 +254,14 @@ def _start(config: DictConfig) -> Session:
     return session
 
 
-def _end(session: Session, tracking: Tracking) -> None:
+def _end(session: Session, tracking: Tracking, is_interrupted: bool) -> None:
     study = optuna.load_study(study_name=session.study, storage=SharedStorage(tracking.studies))
-    if _alive_trials(study):
+    is_open = bool(_alive_trials(study))
+    if is_open and not is_interrupted:
         print("waiting for the cells that another process computes", flush=True)
-    while _alive_trials(study):
-        time.sleep(2)
+        while _alive_trials(study):
+            time.sleep(2)
+        is_open = False
     with open_record(Path(session.outputs), session.sweep, session.name) as record:
         pass
     called = [cell for cell in record.cells if not session.cells or cell.values in session.cells]
@@ -267,7 +270,8 @@ def _end(session: Session, tracking: Tracking) -> None:
     tracker = start_tracking(
         tracking.uri, tracking.experiment, Path(session.outputs), session.name, session.parent_id
     )
-    tracker.finish("FAILED" if failed else "FINISHED")
+    if not is_open:
+        tracker.finish("KILLED" if is_interrupted else "FAILED" if failed else "FINISHED")
     print_end(record, failed)
 
 
