@@ -29,7 +29,8 @@ class SharedStorage(RDBStorage):
             return
         # Two processes that create the same tables at once would break each other.
         with self._lock:
-            super().__init__(url)
+            # Seconds that a process waits while another one writes; 5 by default.
+            super().__init__(url, engine_kwargs={"connect_args": {"timeout": 60}})
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
         """As Optuna's, without passwords: the sweeper keeps the whole command line there."""
