@@ -16,12 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from minilm_exp.errors import ExperimentError
+from minilm_exp.plots import LINES
 from minilm_exp.table_data import Row, TableData
 from minilm_exp.tables import command_line, log_files
 from minilm_exp.tracking import open_tracker
 
 _MARKS = "osD^vPX*"
-_LINES = ("-", "--", "-.", ":")
 _GREYS = ("black", "0.35", "0.55")
 
 
@@ -168,8 +168,8 @@ def _loss(uri: str | None, axes: Axes, data: TableData) -> None:
 def _style(number: int) -> dict[str, Any]:
     return {
         "marker": _MARKS[number % len(_MARKS)],
-        "linestyle": _LINES[number % len(_LINES)],
-        "color": _GREYS[number // len(_LINES) % len(_GREYS)],
+        "linestyle": LINES[number % len(LINES)],
+        "color": _GREYS[number // len(LINES) % len(_GREYS)],
     }
 
 

@@ -33,7 +33,7 @@ from minilm_exp.redaction import redact
 from minilm_exp.relations import resolve_kernel
 from minilm_exp.result import Result, read_result
 from minilm_exp.run_folder import choose_folder, finished_run, run_name, take_folder
-from minilm_exp.settings import Settings, as_dict, flatten
+from minilm_exp.settings import NEUTRAL, Settings, as_dict, flatten
 from minilm_exp.speed import measure_speedup
 from minilm_exp.stages import Chain, open_corpus
 from minilm_exp.student import (
@@ -373,9 +373,7 @@ def _params(settings: Settings) -> dict[str, Any]:
                 "relations": settings.relation_set.name,
                 "num_relation_heads": settings.relation_set.num_relation_heads,
             }
-    left_out = {"runtime", "tracking", "outputs_dir", "data_root", "resume", "rerun", "profile"}
-    left_out |= {"trial_values", "num_trials"}
-    left_out |= set(settings.unread_groups)
+    left_out = {*NEUTRAL, *settings.unread_groups}
     # Each fine-tuning is a run that names its own settings.
     families = ("task_training.families.", "task_training.exceptions.")
     return short | {

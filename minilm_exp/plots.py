@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
-_LINES = ("-", "--", "-.", ":")
+LINES = ("-", "--", "-.", ":")
 
 
 def loss_curves(history: Callable[[str], list[tuple[int, float]]], terms: list[str]) -> Figure:
@@ -27,7 +27,7 @@ def loss_curves(history: Callable[[str], list[tuple[int, float]]], terms: list[s
             axes.plot(
                 [step for step, _ in points],
                 [value for _, value in points],
-                linestyle=_LINES[number % len(_LINES)],
+                linestyle=LINES[number % len(LINES)],
                 linewidth=2.5 if term == "total" else 1.2,
                 color="black" if term == "total" else None,
                 marker="." if len(points) < 20 else None,

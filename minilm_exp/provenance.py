@@ -19,11 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from minilm_exp.errors import ExperimentError
 from minilm_exp.precision import teacher_dtype
 from minilm_exp.resolvers import REPOSITORY
-from minilm_exp.settings import Settings, as_dict
+from minilm_exp.settings import NEUTRAL, Settings, as_dict
 
 # Raised by every change that CHANGELOG.md declares "changes results".
 RESULTS_VERSION = 3
-
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "mlflow", "hydra-core")
 _MODEL_FILES = (
@@ -61,9 +60,8 @@ def run_key(settings: Settings, precision: str, fingerprints: dict[str, str]) ->
 
 def _plain(settings: Settings, precision: str) -> dict[str, Any]:
     plain = as_dict(settings)
-    for name in ("runtime", "tracking", "outputs_dir", "data_root", "resume", "rerun", "profile"):
+    for name in NEUTRAL:
         del plain[name]
-    del plain["trial_values"], plain["num_trials"]
     for task in plain["tasks"].values():
         for name in ("data", "train_data", "files"):
             task.pop(name, None)

@@ -18,6 +18,9 @@ from minilm_exp.task_settings import TaskTraining
 
 # The models that a run can fine-tune; the second is the student before it was distilled.
 ROLES = ("student", "undistilled", "teacher")
+# Settings that change no result, only where, how fast and how often it is computed.
+NEUTRAL = ("runtime", "tracking", "outputs_dir", "data_root", "resume", "rerun", "profile",
+           "trial_values", "num_trials")  # fmt: skip
 # What a trial of a sweep can return.
 TRIAL_VALUES = ("score", "speedup", "parameters")
 

@@ -40,7 +40,7 @@ from minilm_exp.parsing import parse
 from minilm_exp.provenance import fingerprint_text
 from minilm_exp.redaction import redact
 from minilm_exp.result import Result, write_json
-from minilm_exp.settings import Tracking
+from minilm_exp.settings import NEUTRAL, Tracking
 from minilm_exp.studies import SharedStorage
 from minilm_exp.sweep_record import Cell, open_record
 from minilm_exp.sweep_summary import Plan, print_cells, print_end, print_search
@@ -52,8 +52,7 @@ _SESSION = "sweep.json"
 _TRIALS = "trials.jsonl"
 _ALIVE = "alive.lock"
 # What differs between two calls of one sweep.
-_NOT_OF_THE_SWEEP = {"hydra", "runtime", "tracking", "outputs_dir", "data_root", "seed"}
-_NOT_OF_THE_SWEEP |= {"resume", "rerun", "profile", "num_trials"}
+_NOT_OF_THE_SWEEP = {"hydra", "seed", *NEUTRAL} - {"trial_values"}
 
 
 @dataclass(frozen=True)

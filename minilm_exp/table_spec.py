@@ -162,7 +162,7 @@ def read_spec(file: Path) -> TableSpec:
 
 
 def _axis(content: dict[str, Any]) -> Axis:
-    values = {str(value): named for value, named in _named(content.get("values", {})).items()}
+    values = _named(content.get("values", {}))
     depth = {table: (place[0], int(place[1])) for table, place in content.get("depth", {}).items()}
     return Axis(content.get("label", "{value}"), values, content.get("shares", {}), depth)
 
