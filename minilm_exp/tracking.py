@@ -98,8 +98,12 @@ class Tracker:
     def log_dataset(self, name: str, digest: str, source: str, context: str) -> None:
         """What was trained on or scored with."""
         dataset = Dataset(name=name, digest=digest[:36], source_type="local", source=redact(source))
-        tag = InputTag("mlflow.data.context", context)
-        self._client.log_inputs(self.run_id, [DatasetInput(dataset, [tag])])
+        given = [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
+        try:
+            self._client.log_inputs(self.run_id, given)
+        except MlflowException:
+            # MLflow looks for the dataset and then adds it; another process may have been between.
+            self._client.log_inputs(self.run_id, given)
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """A file, or a folder with all in it."""

@@ -1,5 +1,8 @@
 """What a run leaves in MLflow, read back through MLflow's own client from a fresh database."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import pytest
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
@@ -85,6 +88,23 @@ def test_everything_is_there(start, client, store, tmp_path, monkeypatch):
     [plot] = client.list_artifacts(tracker.run_id, "plots")
     assert plot.file_size > 1000
     assert {path.name for path in tmp_path.iterdir()} == {"student", "config.yaml"}
+
+
+def test_processes_name_the_same_dataset_at_once(start, client):
+    """MLflow looks for a dataset and then adds it: a run that another one's dataset breaks."""
+    trackers = [start(name=f"run {number}") for number in range(4)]
+    for number in range(10):
+        gate = Barrier(len(trackers))
+
+        def log(tracker, digest=f"{number:032d}", gate=gate):
+            gate.wait()
+            tracker.log_dataset("corpus", digest, "a folder", "training")
+
+        with ThreadPoolExecutor(len(trackers)) as threads:
+            list(threads.map(log, trackers))
+    for tracker in trackers:
+        inputs = client.get_run(tracker.run_id).inputs.dataset_inputs
+        assert len({one.dataset.digest for one in inputs}) == len(inputs) == 10
 
 
 def test_artifacts_are_below_the_outputs(start, client, store):
