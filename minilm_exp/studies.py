@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from filelock import FileLock
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
-from sqlalchemy import make_url
+from sqlalchemy import NullPool, make_url
+from sqlalchemy.exc import SQLAlchemyError
 
+from minilm_exp.locks import AdvisoryLock, is_postgres, unusable
 from minilm_exp.redaction import redact
 
 
@@ -18,19 +21,29 @@ class SharedStorage(RDBStorage):
 
     Optuna reads a trial's state and then sets it, in one transaction, for which SQLite holds no
     lock; two processes would take the same trial. A file beside the database is the lock.
+
+    Raises:
+        ExperimentError: The database cannot be used.
     """
 
     def __init__(self, url: str) -> None:
-        database = make_url(url)
-        is_file = database.get_backend_name() == "sqlite" and database.database
-        self._lock = FileLock(f"{database.database}.lock") if is_file else None
-        if self._lock is None:
-            super().__init__(url)
-            return
-        # Two processes that create the same tables at once would break each other.
-        with self._lock:
+        self._file_lock: FileLock | None = None
+        creation: FileLock | AdvisoryLock | nullcontext[None] = nullcontext()
+        arguments: dict[str, Any] = {}
+        if is_postgres(url):
+            creation = AdvisoryLock(url, "tables of studies")
+            # A storage is made for each note of a trial; none keeps a connection.
+            arguments = {"poolclass": NullPool}
+        elif (database := make_url(url)).get_backend_name() == "sqlite" and database.database:
+            creation = self._file_lock = FileLock(f"{database.database}.lock")
             # Seconds that a process waits while another one writes; 5 by default.
-            super().__init__(url, engine_kwargs={"connect_args": {"timeout": 60}})
+            arguments = {"connect_args": {"timeout": 60}}
+        try:
+            # Two processes that create the same tables at once would break each other.
+            with creation:
+                super().__init__(url, engine_kwargs=arguments)
+        except (SQLAlchemyError, ImportError) as error:
+            raise unusable(url, error) from error
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
         """As Optuna's, without passwords: the sweeper keeps the whole command line there."""
@@ -42,7 +55,5 @@ class SharedStorage(RDBStorage):
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
         """As Optuna's, one process after the other."""
-        if self._lock is None:
-            return super().set_trial_state_values(trial_id, state, values)
-        with self._lock:
+        with self._file_lock or nullcontext():
             return super().set_trial_state_values(trial_id, state, values)

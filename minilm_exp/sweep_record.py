@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -59,6 +60,7 @@ class SweepRecord:
     Attributes:
         sweep: Name of the file in sweeps/.
         name: The same with a fingerprint of every setting that is not varied.
+        token: By which its studies are told from those of other folders in one database.
         commands: Of all calls, each once.
         calls: How many there were.
         is_grid: False for a search.
@@ -69,6 +71,7 @@ class SweepRecord:
 
     sweep: str
     name: str
+    token: str = field(default_factory=lambda: secrets.token_hex(8))
     commands: list[list[str]] = field(default_factory=list)
     calls: int = 0
     is_grid: bool = True

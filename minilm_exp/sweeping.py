@@ -36,6 +36,7 @@ from optuna.trial import TrialState, create_trial
 from minilm_exp import resolvers
 from minilm_exp.errors import ExperimentError
 from minilm_exp.estimate import estimate_seconds
+from minilm_exp.locks import AdvisoryLock, is_postgres
 from minilm_exp.parsing import parse
 from minilm_exp.provenance import fingerprint_text
 from minilm_exp.redaction import redact
@@ -147,7 +148,7 @@ class SweepCallback(Callback):
 
     def __init__(self) -> None:
         self._session: Session | None = None
-        self._alive: FileLock | None = None
+        self._alive: FileLock | AdvisoryLock | None = None
 
     def __reduce__(self) -> tuple[type[SweepCallback], tuple[()]]:
         """Launchers hand it on to the processes of the jobs, where it has nothing to do."""
@@ -162,7 +163,7 @@ class SweepCallback(Callback):
         try:
             folder = _folder(config)
             folder.mkdir(parents=True, exist_ok=True)
-            self._alive = FileLock(folder / _ALIVE)
+            self._alive = _life(str(folder), platform.node(), _tracking(config).studies)
             self._alive.acquire(timeout=0)
             self._session = _start(config)
         except Exception as error:
@@ -207,17 +208,17 @@ def _start(config: DictConfig) -> Session:
     plans = [_plan(config, cell) for cell in cells or [{}]]
     seed = {"seed": str(config.seed)}
     name = f"{sweep}-{_fingerprint(config, space)}"
-    # One queue for each grid: another seed or data_root is another, of the same record.
-    of_study = [sorted(space.items(), key=str), seed, config.data_root, directions]
-    study_name = f"{name}-{fingerprint_text(repr(of_study))[:8]}"
-    study = optuna.create_study(
-        study_name=study_name,
-        storage=SharedStorage(tracking.studies),
-        directions=directions,
-        load_if_exists=True,
-    )
     with open_record(outputs, sweep, name) as record:
-        for trial in _end_dead_trials(study):
+        # One queue for each grid: another seed or data_root is another, of the same record.
+        of_study = [sorted(space.items(), key=str), seed, config.data_root, directions]
+        study_name = f"{name}-{fingerprint_text(repr([record.token, of_study]))[:8]}"
+        study = optuna.create_study(
+            study_name=study_name,
+            storage=SharedStorage(tracking.studies),
+            directions=directions,
+            load_if_exists=True,
+        )
+        for trial in _end_dead_trials(study, tracking.studies):
             for tag, value in _tag(name, study_name, trial.number).items():
                 end_tagged(tracking.uri, tracking.experiment, tag, value)
             if not is_grid:
@@ -234,7 +235,9 @@ def _start(config: DictConfig) -> Session:
         record.uri, record.run_id = redact(tracking.uri), tracker.run_id
         resolvers.sweep_state.calls = record.calls
         if is_grid:
-            number = _enqueue(study, grid, [plan.finished is not None for plan in plans])
+            number = _enqueue(
+                study, grid, [plan.finished is not None for plan in plans], tracking.studies
+            )
         else:
             done = len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
             number = max(0, int(config.num_trials) - done)
@@ -255,10 +258,10 @@ def _start(config: DictConfig) -> Session:
 
 def _end(session: Session, tracking: Tracking, is_interrupted: bool) -> None:
     study = optuna.load_study(study_name=session.study, storage=SharedStorage(tracking.studies))
-    is_open = bool(_alive_trials(study))
+    is_open = bool(_alive_trials(study, tracking.studies))
     if is_open and not is_interrupted:
         print("waiting for the cells that another process computes", flush=True)
-        while _alive_trials(study):
+        while _alive_trials(study, tracking.studies):
             time.sleep(2)
         is_open = False
     with open_record(Path(session.outputs), session.sweep, session.name) as record:
@@ -334,7 +337,9 @@ def _directions(given: Any) -> list[StudyDirection]:
     return [StudyDirection[str(getattr(one, "name", one)).upper()] for one in several]
 
 
-def _enqueue(study: optuna.Study, grid: dict[str, list[Any]], is_finished: list[bool]) -> int:
+def _enqueue(
+    study: optuna.Study, grid: dict[str, list[Any]], is_finished: list[bool], studies: str
+) -> int:
     """Puts the cells that are neither finished nor being run into the study's queue.
 
     A finished one without a complete trial, as after a run by itself, gets its trial too.
@@ -344,7 +349,7 @@ def _enqueue(study: optuna.Study, grid: dict[str, list[Any]], is_finished: list[
     """
     trials = study.get_trials(deepcopy=False)
     complete = [t.params for t in trials if t.state == TrialState.COMPLETE]
-    running = [t.params for t in _alive_trials(study)]
+    running = [t.params for t in _alive_trials(study, studies)]
     waiting = [t.system_attrs.get("fixed_params") for t in trials if t.state == TrialState.WAITING]
     number = len(waiting)
     # Its bookkeeping fails for trials of a queue that have no place in the grid.
@@ -363,9 +368,9 @@ def _enqueue(study: optuna.Study, grid: dict[str, list[Any]], is_finished: list[
     return number
 
 
-def _alive_trials(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+def _alive_trials(study: optuna.Study, studies: str) -> list[optuna.trial.FrozenTrial]:
     running = study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
-    return [trial for trial in running if _is_alive(trial)]
+    return [trial for trial in running if _is_alive(trial, studies)]
 
 
 def _tag(name: str, study: str, number: int) -> dict[str, str]:
@@ -373,11 +378,11 @@ def _tag(name: str, study: str, number: int) -> dict[str, str]:
     return {f"sweep.{name}": f"{study} {number}"}
 
 
-def _end_dead_trials(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+def _end_dead_trials(study: optuna.Study, studies: str) -> list[optuna.trial.FrozenTrial]:
     """Marks trials of processes that were killed as FAILED, and gives them."""
     dead = []
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        if not _is_alive(trial):
+        if not _is_alive(trial, studies):
             storage: BaseStorage = study._storage
             storage.set_trial_user_attr(trial._trial_id, "error", "its process was killed")
             study.tell(trial.number, state=TrialState.FAIL)
@@ -385,17 +390,25 @@ def _end_dead_trials(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return dead
 
 
-def _is_alive(trial: optuna.trial.FrozenTrial) -> bool:
+def _life(folder: str, host: str, studies: str) -> FileLock | AdvisoryLock:
+    """The lock that a sweep's process holds while it lives."""
+    if is_postgres(studies):
+        return AdvisoryLock(studies, f"sweep {host} {folder}")
+    return FileLock(Path(folder) / _ALIVE)
+
+
+def _is_alive(trial: optuna.trial.FrozenTrial, studies: str) -> bool:
     """Whether a running trial's process lives.
 
-    Its lock says so wherever its folder can be seen; of another machine's it is taken for granted.
+    Its lock says so. Without Postgres that is a file, and the process of another machine whose
+    folder cannot be seen is taken for alive.
     """
     session, host = trial.user_attrs.get("session"), trial.user_attrs.get("host")
     if session is None:  # between the sweeper's question and `note_trial`, or killed there
         started = trial.datetime_start
         return started is not None and datetime.now() - started < timedelta(minutes=1)
-    lock = FileLock(Path(session) / _ALIVE)
-    if not Path(lock.lock_file).exists():
+    lock = _life(session, str(host), studies)
+    if isinstance(lock, FileLock) and not Path(lock.lock_file).exists():
         return host != platform.node()
     try:
         lock.acquire(timeout=0)

@@ -6,13 +6,19 @@ Heavy imports wait until a fixture needs them, so that tests of the config alone
 import functools
 import gc
 import os
+import shutil
+import signal
 import socket
 import string
+import subprocess
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from sqlalchemy import NullPool, create_engine, make_url, text
 
 from minilm_exp.resolvers import register_resolvers
 
@@ -51,6 +57,64 @@ def quick_collection():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """Address of a Postgres database, of a cluster of its own that ends with the tests."""
+    installed = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path("/usr/local").glob("pgsql/bin")]
+    if on_path := shutil.which("initdb"):
+        installed.append(Path(on_path).resolve().parent)
+    if not installed:
+        pytest.skip("Postgres is not installed")
+    programs = installed[-1]
+    folder = Path(tempfile.mkdtemp(prefix="minilm_exp-postgres-", dir="/tmp"))
+    # Postgres refuses to run as root.
+    as_user = []
+    if os.geteuid() == 0:
+        shutil.chown(folder, "postgres")
+        as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    initdb = [
+        *as_user,
+        programs / "initdb",
+        "-D",
+        folder / "data",
+        "-U",
+        "minilm",
+        "-A",
+        "trust",
+        "--no-sync",
+    ]
+    subprocess.run(initdb, check=True, capture_output=True, cwd=folder)
+    server = subprocess.Popen(
+        [*as_user, programs / "postgres", "-D", folder / "data", "-k", folder,
+         "-h", "127.0.0.1", "-p", str(port), "-F"],
+        cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    ready = [programs / "pg_isready", "-h", "127.0.0.1", "-p", str(port), "-q"]
+    while subprocess.run(ready, check=False).returncode and time.monotonic() < deadline:
+        time.sleep(0.1)
+    yield f"postgresql://minilm@127.0.0.1:{port}/postgres"
+    server.send_signal(signal.SIGINT)  # which does not wait for clients
+    server.wait(30)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def studies(request, tmp_path):
+    """Address of a new database for studies."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/optuna.db"
+    server = request.getfixturevalue("postgres")
+    name = f"studies_{time.time_ns()}"
+    engine = create_engine(server, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    return str(make_url(server).set(database=name))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
-"""One process at a time for each run."""
+"""One process at a time for each run, on one machine and, by Postgres, on several."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -7,6 +8,7 @@ import threading
 import time
 
 import pytest
+from sqlalchemy import NullPool, create_engine, text
 
 from minilm_exp.claims import claim
 from minilm_exp.errors import ExperimentError
@@ -14,18 +16,26 @@ from minilm_exp.errors import ExperimentError
 PROCESSES = multiprocessing.get_context("fork")
 
 
-def hold(outputs, ready):
-    with claim(outputs, "key", wait=False):
+def hold(outputs, studies, go_on, ready):
+    with claim(outputs, "key", studies, wait=False):
         ready.set()
-        while not (outputs / "go on").exists():
+        while not go_on.exists():
             time.sleep(0.01)
 
 
 @pytest.fixture
-def holder(tmp_path):
+def claimed(studies, tmp_path):
+    """Claims for other processes; with Postgres their outputs are those of another machine."""
+    outputs = tmp_path if studies.startswith("sqlite") else tmp_path / "another machine"
+    return functools.partial(claim, outputs, studies=studies)
+
+
+@pytest.fixture
+def holder(studies, tmp_path):
     """A process that holds the claim until the file "go on" is there."""
     ready = PROCESSES.Event()
-    process = PROCESSES.Process(target=hold, args=(tmp_path, ready))
+    go_on = tmp_path / "go on"
+    process = PROCESSES.Process(target=hold, args=(tmp_path, studies, go_on, ready))
     process.start()
     assert ready.wait(30)
     yield process
@@ -33,23 +43,50 @@ def holder(tmp_path):
     process.join(30)
 
 
-def test_second_process_is_refused_or_waits(holder, tmp_path, caplog):
+def test_second_process_is_refused_or_waits(holder, claimed, tmp_path, caplog):
     """The same run computed twice at once, into one folder."""
     refused = pytest.raises(ExperimentError, match="another process is computing this run")
-    with refused, claim(tmp_path, "key", wait=False):
+    with refused, claimed("key", wait=False):
         pass
-    with claim(tmp_path, "other key", wait=False):
+    with claimed("other key", wait=False):
         pass
     with caplog.at_level("INFO"):
         threading.Timer(0.2, (tmp_path / "go on").touch).start()
-        with claim(tmp_path, "key", wait=True):
+        with claimed("key", wait=True):
             assert (tmp_path / "go on").exists()
     assert "waiting for it" in caplog.text
 
 
-def test_claim_of_a_killed_process_is_free(holder, tmp_path):
+def test_claim_of_a_killed_process_is_free(holder, claimed):
     """A cell that nobody can compute any more."""
     os.kill(holder.pid, signal.SIGKILL)
     holder.join(30)
-    with claim(tmp_path, "key", wait=False):
+    # A database takes a moment to see that its client is gone.
+    with claimed("key", wait=True):
         pass
+
+
+def test_claims_are_given_back(claimed):
+    """A run that nobody can repeat while the process that computed it lives."""
+    for _ in range(2):
+        with claimed("key", wait=False):
+            pass
+
+
+def test_lost_database_frees_a_claim_without_an_error(postgres, tmp_path):
+    """A finished run that fails, as the database of claims was restarted meanwhile."""
+    engine = create_engine(postgres, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    others = text("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+    with claim(tmp_path, "key", postgres, wait=False), engine.connect() as connection:
+        assert len(connection.execute(others).all()) == 1
+    with claim(tmp_path / "another machine", "key", postgres, wait=False):
+        pass
+
+
+@pytest.mark.parametrize("studies", ["postgresql://user:hunter2@127.0.0.1:9/x", "no address"])
+def test_database_that_cannot_be_used(studies, tmp_path):
+    """A traceback, or the password in the message."""
+    unusable = pytest.raises(ExperimentError, match=r"tracking\.studies")
+    with unusable as raised, claim(tmp_path, "key", studies, wait=False):
+        pass
+    assert "hunter2" not in str(raised.value)

@@ -113,8 +113,8 @@ def record_of(outputs):
     return read_record(file)
 
 
-def trials_of(outputs):
-    storage = f"sqlite:///{outputs}/optuna.db"
+def trials_of(outputs, storage=None):
+    storage = SharedStorage(storage or f"sqlite:///{outputs}/optuna.db")
     names = [summary.study_name for summary in optuna.get_all_study_summaries(storage)]
     return [t for name in names for t in optuna.load_study(study_name=name, storage=storage).trials]
 
@@ -273,10 +273,11 @@ def test_sweep_goes_on_after_a_failure(tmp_path):
 
 
 @pytest.mark.integration
-def test_killed_sweep_is_finished_by_the_same_call(tmp_path):
+def test_killed_sweep_is_finished_by_the_same_call(tmp_path, studies):
     """Finished cells computed again, or the one in work never again."""
     outputs = tmp_path / "outputs"
-    process = start(outputs, *SWEEP, "relations=choice(kk,vv,qq)")
+    given = [*SWEEP, "relations=choice(kk,vv,qq)", f"tracking.studies={studies}"]
+    process = start(outputs, *given)
     deadline = time.monotonic() + 120
     while not list(outputs.glob("runs/*/student/config.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -286,28 +287,28 @@ def test_killed_sweep_is_finished_by_the_same_call(tmp_path):
     process.communicate()
     assert not all(cell.is_finished for cell in record_of(outputs).cells)
     finished = {c.run_key: c.result.run_id for c in record_of(outputs).cells if c.is_finished}
-    done = run(outputs, *SWEEP, "relations=choice(kk,vv,qq)")
+    done = run(outputs, *given)
     assert done.status == 0, done.both
     record = record_of(outputs)
     assert all(cell.is_finished for cell in record.cells) and len(record.cells) == 3
     assert finished.items() <= {c.run_key: c.result.run_id for c in record.cells}.items()
-    assert Counter(t.state for t in trials_of(outputs))[TrialState.RUNNING] == 0
+    assert Counter(t.state for t in trials_of(outputs, studies))[TrialState.RUNNING] == 0
     statuses = Counter(run.info.status for run in runs_below(outputs, record.run_id))
     assert statuses["RUNNING"] == 0 and statuses["FINISHED"] == 3
 
 
 @pytest.mark.integration
-def test_two_processes_share_the_cells(tmp_path):
+def test_two_processes_share_the_cells(tmp_path, studies):
     """A cell computed by both, or a cell that neither computes."""
     outputs = tmp_path / "outputs"
-    given = [*SWEEP, "relations=choice(kk,vv,qq)"]
+    given = [*SWEEP, "relations=choice(kk,vv,qq)", f"tracking.studies={studies}"]
     processes = [start(outputs, *given) for _ in range(2)]
     texts = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], texts
     record = record_of(outputs)
     assert all(cell.is_finished for cell in record.cells) and len(record.cells) == 3
     assert len(runs_below(outputs, record.run_id)) == 3
-    assert len({trial.user_attrs["session"] for trial in trials_of(outputs)}) == 2
+    assert len({trial.user_attrs["session"] for trial in trials_of(outputs, studies)}) == 2
 
 
 @pytest.mark.integration
@@ -328,15 +329,14 @@ def take_trials(url, taken):
     taken.put(None)
 
 
-def test_waiting_trials_are_taken_once(tmp_path):
-    """Two processes that get the same trial from SQLite."""
-    url = f"sqlite:///{tmp_path}/optuna.db"
-    study = optuna.create_study(study_name="queue", storage=SharedStorage(url))
+def test_waiting_trials_are_taken_once(studies):
+    """Two processes that get the same trial from the database."""
+    study = optuna.create_study(study_name="queue", storage=SharedStorage(studies))
     for number in range(60):
         study.enqueue_trial({"x": number})
     processes = multiprocessing.get_context("spawn")
     queue = processes.Queue()
-    workers = [processes.Process(target=take_trials, args=(url, queue)) for _ in range(3)]
+    workers = [processes.Process(target=take_trials, args=(studies, queue)) for _ in range(3)]
     for worker in workers:
         worker.start()
     taken, ended = [], 0
