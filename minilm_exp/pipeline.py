@@ -367,9 +367,10 @@ def _params(settings: Settings) -> dict[str, Any]:
             "teacher": settings.teacher.name,
             "student": settings.student_name,
         }
+        if "layer_selection" not in settings.unread_groups:
+            short["teacher_layer"] = settings.layer_selection.teacher_layer
         if settings.objective.reads_relation_set:
             short |= {
-                "teacher_layer": settings.layer_selection.teacher_layer,
                 "relations": settings.relation_set.name,
                 "num_relation_heads": settings.relation_set.num_relation_heads,
             }

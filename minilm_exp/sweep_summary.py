@@ -54,7 +54,11 @@ def print_cells(name: str, cells: list[Cell], plans: list[Plan]) -> None:
     console.print(f"\n{name}: {len(cells)} cells")
     console.print(table)
     basis = "what the finished ones took" if measured else "the sizes of the models; very rough"
-    console.print(f"about {_time(left)} to go (from {basis})\n" if left else "nothing to do\n")
+    if left:
+        console.print(f"about {_time(left)} to go (from {basis})\n")
+    else:
+        is_done = all(plan.finished is not None for plan in plans)
+        console.print("nothing to do\n" if is_done else "all of them will fail\n")
 
 
 def print_search(name: str, number: int, total: int, plan: Plan) -> None:

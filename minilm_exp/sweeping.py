@@ -234,16 +234,18 @@ def _start(config: DictConfig) -> Session:
         )  # fmt: skip
         record.uri, record.run_id = redact(tracking.uri), tracker.run_id
         resolvers.sweep_state.calls = record.calls
-        if is_grid:
-            number = _enqueue(
-                study, grid, [plan.finished is not None for plan in plans], tracking.studies
-            )
-        else:
-            done = len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
-            number = max(0, int(config.num_trials) - done)
     if is_grid:
         print_cells(name, known, plans)
+        finished = [plan.finished is not None for plan in plans]
+        while True:
+            with open_record(outputs, sweep, name):
+                number = _enqueue(study, grid, finished, tracking.studies)
+            if number or _num_complete(study):
+                break
+            # The sweeper asks for the best trial at its end, and there is none yet.
+            _wait_for_others(study, tracking.studies)
     else:
+        number = max(0, int(config.num_trials) - _num_complete(study))
         print_search(name, number, int(config.num_trials), plans[0])
     resolvers.sweep_state.study = study_name
     resolvers.sweep_state.trials_left = number
@@ -258,12 +260,9 @@ def _start(config: DictConfig) -> Session:
 
 def _end(session: Session, tracking: Tracking, is_interrupted: bool) -> None:
     study = optuna.load_study(study_name=session.study, storage=SharedStorage(tracking.studies))
+    if not is_interrupted:
+        _wait_for_others(study, tracking.studies)
     is_open = bool(_alive_trials(study, tracking.studies))
-    if is_open and not is_interrupted:
-        print("waiting for the cells that another process computes", flush=True)
-        while _alive_trials(study, tracking.studies):
-            time.sleep(2)
-        is_open = False
     with open_record(Path(session.outputs), session.sweep, session.name) as record:
         pass
     called = [cell for cell in record.cells if not session.cells or cell.values in session.cells]
@@ -366,6 +365,17 @@ def _enqueue(
         study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=attributes))
         number += 1
     return number
+
+
+def _wait_for_others(study: optuna.Study, studies: str) -> None:
+    if _alive_trials(study, studies):
+        print("waiting for the cells that another process computes", flush=True)
+    while _alive_trials(study, studies):
+        time.sleep(2)
+
+
+def _num_complete(study: optuna.Study) -> int:
+    return len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
 
 
 def _alive_trials(study: optuna.Study, studies: str) -> list[optuna.trial.FrozenTrial]:

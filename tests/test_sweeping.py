@@ -312,6 +312,22 @@ def test_two_processes_share_the_cells(tmp_path, studies):
 
 
 @pytest.mark.integration
+def test_process_that_comes_when_all_cells_are_in_work(tmp_path):
+    """A traceback, as there is no best trial yet."""
+    outputs = tmp_path / "outputs"
+    steps = [f"training.{name}=600" for name in ("max_steps", "evaluation_steps")]
+    given = [*SWEEP, "relations=choice(kk)", *steps, "training.checkpoint_steps=600"]
+    first = start(outputs, *given)
+    while not list(outputs.glob("runs/*/result.json")) and first.poll() is None:
+        time.sleep(0.05)
+    second = start(outputs, *given)
+    texts = [process.communicate(timeout=300)[0] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], texts
+    assert "waiting for the cells" in texts[1] and "1 of 1 cells are finished" in texts[1]
+    assert len(runs_below(outputs, record_of(outputs).run_id)) == 1
+
+
+@pytest.mark.integration
 def test_two_seeds_in_two_terminals(tmp_path):
     """Cells of the other call taken for one's own, and never run."""
     outputs = tmp_path / "outputs"
