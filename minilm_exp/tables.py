@@ -35,7 +35,7 @@ class Text:
 
 def headings(data: TableData) -> list[str]:
     """Of the columns: each score is followed by the paper's; those that only it has come last."""
-    found = [""]
+    found = ["", "n"]
     for column in [*data.columns.values(), *data.more.values()]:
         found.append(column.label)
         if _in_paper(data, column):
@@ -47,7 +47,7 @@ def entries(data: TableData) -> list[list[Text]]:
     """The rows: mean ± standard deviation, and in brackets the difference to the first row."""
     rows = []
     for row in data.rows:
-        texts = [Text(row.label)]
+        texts = [Text(row.label), Text(str(len(row.results)))]
         for name, column in [*data.columns.items(), *data.more.items()]:
             texts.append(_measured(data, row, name))
             if _in_paper(data, column):
@@ -69,9 +69,9 @@ def footer(data: TableData) -> list[str]:
     hours = sum(result.elapsed_seconds or 0 for result in results) / 3600
     lines = [
         "Scores x 100: mean ± standard deviation over seeds"
-        f" {', '.join(seeds)} (n={len(seeds)}); in brackets the difference to the first row, bold"
-        f" where Welch's t-test over the seeds gives p < {SIGNIFICANCE:g} (two-sided, not corrected"
-        " for the number of rows).",
+        f" {', '.join(seeds)}, of which a row has n; in brackets the difference to the first row,"
+        f" bold where Welch's t-test over the seeds gives p < {SIGNIFICANCE:g} (two-sided, not"
+        " corrected for the number of rows).",
     ]
     shown = [*data.columns.values(), *data.more.values(), *data.papers.values()]
     places = [data.spec.paper_value(row.parts, c)[1] for c in shown for row in data.rows]

@@ -88,17 +88,17 @@ def test_numbers(outputs):
     """A spread of the population, a difference to another row, bold without a difference."""
     data = outputs.table()
     assert headings(data) == [
-        "", "MNLI-m", "MNLI-m, paper", "qnli", "Mean", "SQuAD 2.0, paper", "SST-2, paper",
+        "", "n", "MNLI-m", "MNLI-m, paper", "qnli", "Mean", "SQuAD 2.0, paper", "SST-2, paper",
         "Mean, paper",
     ]  # fmt: skip
     first, second, third = texts(data)
-    assert first[:5] == ["Q-Q + K-K + V-V", "81.0 ± 1.0", "82.2", "40.5 ± 0.5", "60.8 ± 0.7"]
-    assert second[:4] == [
-        "K-K + V-V", "71.0 ± 1.0 **(-10.0)**", "81.9 (-0.3)", "35.5 ± 0.5 **(-5.0)**"
+    assert first[:6] == ["Q-Q + K-K + V-V", "3", "81.0 ± 1.0", "82.2", "40.5 ± 0.5", "60.8 ± 0.7"]
+    assert second[:5] == [
+        "K-K + V-V", "3", "71.0 ± 1.0 **(-10.0)**", "81.9 (-0.3)", "35.5 ± 0.5 **(-5.0)**"
     ]  # fmt: skip
     # A set that the paper lacks, whose spread is larger than its difference.
-    assert third[:4] == ["qq", "80.7 ± 2.1 (-0.3)", "-", "40.3 ± 1.0 (-0.2)"]
-    assert second[5:] == ["71.6 (-1.2)", "90.6 (-0.9)", "81.4 (-0.8)"]
+    assert third[:5] == ["qq", "3", "80.7 ± 2.1 (-0.3)", "-", "40.3 ± 1.0 (-0.2)"]
+    assert second[6:] == ["71.6 (-1.2)", "90.6 (-0.9)", "81.4 (-0.8)"]
 
 
 def test_difference_is_welchs_test():
@@ -129,13 +129,14 @@ def test_single_seed_has_no_spread(tmp_path):
     made = Outputs(tmp_path)
     made.add({"relations": "qq_kk_vv"}, {"mnli": 0.5})
     made.add({"relations": "kk_vv"}, {"mnli": 0.9})
-    assert texts(made.table())[1][1] == "90.0 (+40.0)"
+    assert texts(made.table())[1][1:3] == ["1", "90.0 (+40.0)"]
 
 
 def test_footer(outputs):
     """A table whose origin nobody can find again."""
     text = "\n".join(footer(outputs.table()))
-    for part in ("seeds 1, 2, 3 (n=3)", "Welch", "Command: python run.py -m sweeps=relation_set",
+    for part in ("seeds 1, 2, 3, of which a row has n", "Welch",
+                 "Command: python run.py -m sweeps=relation_set",
                  "9 of 9 cells", "0.90 hours", "precision bf16", "a processor", "c0ffee",
                  "MiniLMv2 Table 7", "other settings"):  # fmt: skip
         assert part in text
@@ -149,7 +150,7 @@ def test_formats_say_the_same(outputs):
     data = outputs.table()
     lines = [line for line in markdown(data).splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 3 and "**(-10.0)**" in lines[3]
-    assert {line.count("|") for line in lines} == {9}
+    assert {line.count("|") for line in lines} == {10}
     text = latex(data)
     assert text.count(r"\\") == 4 and r"\textbf{(-10.0)}" in text and r"$\pm$" in text
     assert not re.search(r"(?<!\\)[%#_&](?! )", text.replace("&", "& "))
@@ -349,7 +350,7 @@ def test_paper_is_left_out_where_more_is_varied(outputs):
     made = Outputs(outputs.root / "more", "more_relations")
     for student in ("l6h384", "l6h768"):
         made.add({"relations": "all", "student": student}, {"mnli": 0.5})
-    assert headings(made.table()) == ["", "MNLI-m"]
+    assert headings(made.table()) == ["", "n", "MNLI-m"]
 
 
 def test_failed_trials_of_a_search_are_left_out(tmp_path):
@@ -401,7 +402,7 @@ def test_unavailable_row_says_why(tmp_path):
     made = Outputs(tmp_path, "student_size")
     made.add({"student.num_layers": "3", "method": "minilm"}, {"mnli": 0.5})
     data = made.table()
-    assert texts(data)[-1][:2] == ["MLM-KD (soft labels)", "unavailable"]
+    assert texts(data)[-1][:3] == ["MLM-KD (soft labels)", "0", "unavailable"]
     assert "unavailable, MLM-KD" in "\n".join(footer(data))
     made.add({"student.num_layers": "3", "method": "mlm_kd"}, {"mnli": 0.5})
     assert "unavailable" not in markdown(made.table())
