@@ -103,12 +103,15 @@ def run_experiment(
             meaningful=(settings.teacher.weights != "random" or "teacher" not in inputs)
             and (made_by is None or made_by.meaningful),
         )
+        before = left if settings.resume else None
+        start = time.monotonic() - ((before and before.elapsed_seconds) or 0)
         try:
             result.write()
-            start = time.monotonic()
             _record_setting(settings, result, precision, inputs, tracker)
-            if left is not None and settings.resume and left.made_by.get("git_dirty") == "true":
+            if before is not None and before.made_by.get("git_dirty") == "true":
                 result.made_by["git_dirty"] = "true"
+            # So that a run which goes on from here knows it, whatever ends this one.
+            result.write()
             scoring = Scoring(settings, precision, folder, tracker)
             if settings.recipe.name == "finetune":
                 _score_checkpoint(settings, inputs, splits, scoring, result)
@@ -118,6 +121,7 @@ def run_experiment(
             result.elapsed_seconds = time.monotonic() - start
             _finish(tracker, result)
         except BaseException as error:
+            result.elapsed_seconds = time.monotonic() - start
             _record_failure(tracker, result, error)
             raise
     return result

@@ -140,7 +140,11 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
 
 @functools.cache
 def git_state() -> dict[str, str]:
-    """Commit, whether the tree differs from it, and the difference."""
+    """Commit, whether the tree differs from it, and the difference.
+
+    What lies in outputs/ makes no difference to what is computed.
+    """
+    code = ["--", ".", ":(exclude)outputs"]
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
@@ -151,8 +155,8 @@ def git_state() -> dict[str, str]:
     try:
         return {
             "commit": git("rev-parse", "HEAD").strip() or "unknown",
-            "dirty": str(bool(git("status", "--porcelain").strip())).lower(),
-            "diff": git("diff", "HEAD"),
+            "dirty": str(bool(git("status", "--porcelain", *code).strip())).lower(),
+            "diff": git("diff", "HEAD", *code),
         }
     except OSError:  # git is not installed
         return {"commit": "unknown", "dirty": "unknown", "diff": ""}

@@ -38,7 +38,7 @@ from minilm_exp.errors import ExperimentError
 from minilm_exp.estimate import estimate_seconds
 from minilm_exp.locks import AdvisoryLock, is_postgres
 from minilm_exp.parsing import parse
-from minilm_exp.provenance import fingerprint_text
+from minilm_exp.provenance import fingerprint_text, git_state
 from minilm_exp.redaction import redact
 from minilm_exp.result import Result, write_json
 from minilm_exp.settings import NEUTRAL, Tracking
@@ -236,6 +236,8 @@ def _start(config: DictConfig) -> Session:
         resolvers.sweep_state.calls = record.calls
     if is_grid:
         print_cells(name, known, plans)
+        if git_state()["dirty"] == "true":
+            print("the tree has uncommitted changes: make table refuses cells that are made now\n")
         finished = [plan.finished is not None for plan in plans]
         while True:
             with open_record(outputs, sweep, name):

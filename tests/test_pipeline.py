@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 from pyarrow import parquet
 
-from minilm_exp import downstream
+from minilm_exp import downstream, pipeline
 from minilm_exp.errors import ExperimentError
 from minilm_exp.pipeline import run_experiment
 from minilm_exp.result import Result, read_result
@@ -138,6 +138,26 @@ def test_interrupted_fine_tuning_goes_on(finetuning, children, trained, outputs)
     trained.clear()
     assert run_experiment(finetuning(*given)).run_id == result.run_id
     assert trained == []
+
+
+def test_resumed_run_knows_how_it_began(finetuning, trained, outputs, monkeypatch):
+    """A run that a changed tree began passes for one of a commit, or loses its first hours."""
+    tree = {"commit": "c0ffee", "dirty": "true", "diff": ""}
+    monkeypatch.setattr(pipeline, "git_state", lambda: tree)
+    given = ["task=mrpc", "seed=14"]
+    trained.errors = {("mrpc", 14): KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(finetuning(*given))
+    [file] = outputs.glob("runs/*-seed14-*/result.json")
+    left = json.loads(file.read_text())
+    assert left["made_by"]["git_dirty"] == "true" and left["elapsed_seconds"] > 0
+    # As after SIGKILL: the last that was written is from before the training.
+    file.write_text(json.dumps(left | {"status": "RUNNING", "elapsed_seconds": 1000.0}))
+    trained.errors = {}
+    tree["dirty"] = "false"
+    result = run_experiment(finetuning(*given, "resume=true"))
+    assert result.made_by["git_dirty"] == "true"
+    assert 1000 < result.elapsed_seconds < 1300
 
 
 def test_failed_fine_tuning_fails_the_run(finetuning, children, trained, outputs):

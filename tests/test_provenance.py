@@ -1,6 +1,7 @@
 """The key of a run, and what is kept out of logs."""
 
 import dataclasses
+import subprocess
 
 import pytest
 
@@ -309,6 +310,31 @@ def test_address_stays_readable():
     """A message that no longer says which server."""
     assert redact("at http://user:hunter2@host:5000/x now") == "at http://user:***@host:5000/x now"
     assert redact("https://host/p?token=hunter2&x=1") == "https://host/p?token=***&x=1"
+
+
+def test_outputs_do_not_make_a_tree_dirty(tmp_path, monkeypatch):
+    """Tables that refuse every run, as outputs/ was cleared; or a changed module that passes."""
+    monkeypatch.setattr(provenance, "REPOSITORY", tmp_path)
+
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", tmp_path, *who, *arguments], check=True, capture_output=True)
+
+    for name in ("outputs/.gitkeep", "module.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    (tmp_path / "outputs" / ".gitkeep").unlink()
+    state = provenance.git_state.__wrapped__()
+    assert state["dirty"] == "false" and state["diff"] == "" and len(state["commit"]) == 40
+    (tmp_path / "module.py").write_text("changed = True")
+    state = provenance.git_state.__wrapped__()
+    assert state["dirty"] == "true" and "changed" in state["diff"]
+    git("checkout", "module.py")
+    (tmp_path / "new.py").touch()
+    assert provenance.git_state.__wrapped__()["dirty"] == "true"
 
 
 @pytest.mark.parametrize(
