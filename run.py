@@ -91,9 +91,10 @@ def _run(
     outcome = run_experiment(settings, *_grid(hydra_config, session), trial)
     if isinstance(outcome, Result):
         print_summary(settings, outcome)
-        _finished_jobs.append((list(hydra_config.overrides.task), outcome))
         if session is not None:
             session.finished(hydra_config.job.num, outcome)
+        else:
+            _finished_jobs.append((list(hydra_config.overrides.task), outcome))
         values = tuple(outcome.trial_value(name) for name in settings.trial_values)
         return values if len(values) > 1 else values[0]
     print(

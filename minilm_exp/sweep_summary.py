@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minilm_exp.result import Result
+from minilm_exp.summary import print_comparison
 from minilm_exp.sweep_record import Cell, SweepRecord
 
 
@@ -70,15 +71,21 @@ def print_search(name: str, number: int, total: int, plan: Plan) -> None:
 
 
 def print_end(record: SweepRecord, failed: list[Cell]) -> None:
-    """How many cells are finished, and what failed of this call, with the reason.
+    """The cells whoever computed them, how many are finished, and why others of this call failed.
 
     Args:
         record: Of the sweep.
         failed: Cells of this call that are not finished.
     """
     console = Console(markup=False)
-    finished = sum(cell.is_finished for cell in record.cells)
-    console.print(f"\n{record.name}: {finished} of {len(record.cells)} cells are finished")
+    outcomes = [
+        ([f"{name}={value}" for name, value in cell.values.items()], result)
+        for cell in record.cells
+        if (result := cell.result) is not None and result.status == "FINISHED"
+    ]
+    if len(outcomes) > 1:
+        print_comparison(outcomes)
+    console.print(f"\n{record.name}: {len(outcomes)} of {len(record.cells)} cells are finished")
     for cell in failed:
         reason = cell.error or "not finished; the same command goes on with it"
         console.print(f"failed: {cell.name}: {reason}", soft_wrap=True)

@@ -138,6 +138,10 @@ def note_trial(config: DictConfig, trial: optuna.Trial) -> None:
     folder = _folder(config)
     trial.set_user_attr("session", str(folder))
     trial.set_user_attr("host", platform.node())
+    is_grid = config.hydra.runtime.choices["hydra/sweeper/sampler"] == "grid"
+    of_queue = trial.study._storage.get_trial_system_attrs(trial._trial_id)
+    if is_grid and "fixed_params" not in of_queue:
+        trial.set_user_attr("repeats", "another process had taken the last cell of the queue")
     values = {name: str(value) for name, value in trial.params.items()}
     with (folder / _TRIALS).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"number": trial.number, "values": values}) + "\n")

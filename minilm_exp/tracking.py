@@ -85,7 +85,7 @@ class Tracker:
         if self._resumed:
             return
         entities = [
-            Param(name, redact(str(value))[:_MAX_PARAM_LENGTH]) for name, value in params.items()
+            Param(name, redact(_param(value))[:_MAX_PARAM_LENGTH]) for name, value in params.items()
         ]
         for start in range(0, len(entities), 100):
             self._client.log_batch(self.run_id, params=entities[start : start + 100])
@@ -185,6 +185,11 @@ def start_tracking(
                 " tracking=local"
             )
         ) from error
+
+
+def _param(value: Any) -> str:
+    """Short enough for the axis of a figure: lists without brackets and quotes."""
+    return ",".join(map(str, value)) if isinstance(value, list) and value else str(value)
 
 
 def open_tracker(uri: str | None, run_id: str | None) -> Tracker:

@@ -455,10 +455,9 @@ def test_mlflow_run_is_complete(finished, result):
         "model/params_transformer",
         "model/speedup",
         "score",
-        "task/next_passage/num_train",
-        "task/next_passage/num_validation",
     ):
         assert name in recorded.data.metrics
+    assert recorded.data.tags["task/next_passage/num_train"].isdigit()
     assert recorded.data.metrics["task/next_passage/accuracy"] == result["scores"]["next_passage"]
     artifacts = outputs / "artifacts" / run_id / "artifacts"
     for name in (
@@ -481,7 +480,7 @@ def test_mlflow_run_is_complete(finished, result):
         assert child.data.metrics["accuracy"] == score
         file = outputs / "artifacts" / child.info.run_id / "artifacts/predictions/validation.jsonl"
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        assert len(lines) == recorded.data.metrics["task/next_passage/num_validation"]
+        assert str(len(lines)) == recorded.data.tags["task/next_passage/num_validation"]
         assert sum(line["prediction"] == line["label"] for line in lines) / len(lines) == score
 
 

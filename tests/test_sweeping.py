@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import time
@@ -308,6 +309,11 @@ def test_two_processes_share_the_cells(tmp_path, studies):
     record = record_of(outputs)
     assert all(cell.is_finished for cell in record.cells) and len(record.cells) == 3
     assert len(runs_below(outputs, record.run_id)) == 3
+    first_time = [t for t in trials_of(outputs, studies) if "repeats" not in t.user_attrs]
+    assert len(first_time) == 3
+    # Both tell of all cells, each once, whoever computed it.
+    for text in texts:
+        assert all(re.search(rf"relations={name} +1 ", text) for name in ("kk", "vv", "qq"))
     assert len({trial.user_attrs["session"] for trial in trials_of(outputs, studies)}) == 2
 
 

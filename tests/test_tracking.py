@@ -50,7 +50,9 @@ def test_everything_is_there(start, client, store, tmp_path, monkeypatch):
     """A kind of record goes nowhere, or artifacts land below the working directory."""
     monkeypatch.chdir(tmp_path)
     tracker = start(name="teacher-student-seed1")
-    tracker.log_params({f"group.name{i}": i for i in range(150)} | {"flag": True, "list": [1, 2]})
+    tracker.log_params(
+        {f"group.name{i}": i for i in range(150)} | {"flag": True, "list": [1, 2], "none": []}
+    )
     tracker.set_tags({"seed": "1"})
     tracker.log_metrics({"distill/loss/query-query": 0.5}, 2)
     tracker.log_metrics({"distill/loss/query-query": 0.25}, 4)
@@ -71,9 +73,9 @@ def test_everything_is_there(start, client, store, tmp_path, monkeypatch):
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "teacher-student-seed1"
     assert run.info.end_time is not None
-    assert len(run.data.params) == 152
+    assert len(run.data.params) == 153
     assert run.data.params["group.name149"] == "149"
-    assert run.data.params["list"] == "[1, 2]"
+    assert run.data.params["list"] == "1,2" and run.data.params["none"] == "[]"
     assert run.data.tags["seed"] == "1"
     assert run.data.metrics == {"distill/loss/query-query": 0.25, "score": 0.75}
     history = [(2, 0.5), (4, 0.25)]
