@@ -269,16 +269,19 @@ def _check_relations(settings: Settings, where: str, term: RelationTerm) -> None
             )
 
 
+_INIT_LAYERS = ("evenly", "whole", "every_second", "first", "last")
+
+
 def _check_init_layers(settings: Settings) -> None:
     student, highest = settings.student, settings.teacher.num_layers
     given = student.init_layers
     is_list = isinstance(given, list) and all(type(layer) is int for layer in given)
-    if not is_list and given not in ("evenly", "every_second", "first", "last"):
+    if not is_list and given not in _INIT_LAYERS:
         raise ExperimentError(
-            f"student.init_layers={given} is not evenly, every_second, first, last or a list of"
-            " the teacher's layers"
+            f"student.init_layers={given} is not {', '.join(_INIT_LAYERS)} or a list of the"
+            " teacher's layers"
         )
-    layers = init_layers(student, settings.layer_selection.teacher_layer)
+    layers = init_layers(student, settings.layer_selection.teacher_layer, highest)
     if len(layers) != student.num_layers:
         raise ExperimentError(
             f"student.init_layers={given} names {len(layers)} layers, but"
@@ -290,6 +293,13 @@ def _check_init_layers(settings: Settings) -> None:
         )
 
 
+def highest_init_layer(settings: Settings) -> int:
+    """Of the teacher, up to which a student of its layers is made by default."""
+    if settings.student.init_layers == "evenly":
+        return settings.layer_selection.teacher_layer
+    return settings.teacher.num_layers
+
+
 def check_init(settings: Settings) -> None:
     """Refuses first weights that cannot be taken from the teacher's layers."""
     if settings.student.init != "teacher_layers" or settings.student.path is not None:
@@ -299,7 +309,7 @@ def check_init(settings: Settings) -> None:
                 " student.init=teacher_layers, without student.path"
             )
         return
-    layer = settings.layer_selection.teacher_layer
+    layer = highest_init_layer(settings)
     if settings.teacher.hidden_size != settings.student.hidden_size:
         raise ExperimentError(
             "student.init=teacher_layers copies whole layers, so student.hidden_size"

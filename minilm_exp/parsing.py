@@ -21,6 +21,7 @@ from minilm_exp.checks import (
     check_objective,
     check_student,
     check_values,
+    highest_init_layer,
 )
 from minilm_exp.errors import ExperimentError
 from minilm_exp.objective_settings import LabelTerm, LogitTerm, parse_terms, trains_head
@@ -345,15 +346,18 @@ def _resolve_init(settings: Settings) -> None:
         student.hidden_size == teacher.hidden_size
         and student.num_attention_heads == teacher.num_attention_heads
         and intermediate_size == teacher.intermediate_size
-        and student.num_layers <= settings.layer_selection.teacher_layer
+        and student.num_layers <= highest_init_layer(settings)
         and student.embedding_size is None
         and student.config is None
     )
-    student.init = "teacher_layers" if agree else "random"
-    reason = "have the same sizes" if agree else "differ in size, or not 4 x wide inside"
-    settings.notes.append(
-        f"student.init=auto: {student.init}, because student and teacher layers {reason}"
-    )
+    if agree:
+        student.init, reason = "teacher_layers", "student and teacher layers have the same sizes"
+    else:
+        reason = "student and teacher layers differ in size, or not 4 x wide inside"
+        if student.num_layers > highest_init_layer(settings):
+            reason = f"there are fewer than student.num_layers={student.num_layers} teacher layers"
+        student.init, student.init_layers = "random", "evenly"
+    settings.notes.append(f"student.init=auto: {student.init}, because {reason}")
 
 
 def _explain(error: OmegaConfBaseException) -> str:

@@ -350,22 +350,25 @@ class Stage:
     is_pruned: bool = False
 
 
-def init_layers(student: Student, teacher_layer: int) -> list[int]:
+def init_layers(student: Student, teacher_layer: int, num_teacher_layers: int) -> list[int]:
     """The teacher's layers, counted from 1, that a student of teacher layers begins with.
 
     Args:
         student: Its num_layers (M) and init_layers.
-        teacher_layer: The layer that is distilled (l); no layer above it is of use.
+        teacher_layer: The layer that is distilled (l).
+        num_teacher_layers: Of the teacher (L).
 
     Returns:
-        evenly: round(m l / M) for m = 1..M. every_second: 2, 4, .. 2M. first: 1..M. last: the M
-        layers up to l. Or the list that was given.
+        evenly: round(m l / M) for m = 1..M. whole: round(m L / M), whichever layer is distilled.
+        every_second: 2, 4, .. 2M. first: 1..M. last: the M layers up to l. Or the list that was
+        given.
     """
     number = student.num_layers
     if isinstance(student.init_layers, list):
         return [int(layer) for layer in student.init_layers]
     return {
         "evenly": [round((m + 1) * teacher_layer / number) for m in range(number)],
+        "whole": [round((m + 1) * num_teacher_layers / number) for m in range(number)],
         "every_second": [2 * (m + 1) for m in range(number)],
         "first": [m + 1 for m in range(number)],
         "last": [teacher_layer - number + m + 1 for m in range(number)],

@@ -75,7 +75,8 @@ def build_student(
             f"student: {config.model_type} cannot be built in this shape: {error}"
         ) from error
     if student.init == "teacher_layers":
-        _copy_teacher_layers(encoder, teacher, init_layers(student, teacher_layer), teacher_ids)
+        layers = init_layers(student, teacher_layer, len(layers_of(teacher)))
+        _copy_teacher_layers(encoder, teacher, layers, teacher_ids)
     return encoder
 
 

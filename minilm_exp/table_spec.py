@@ -92,6 +92,7 @@ class TableSpec:
         cells: Values of whole rows and where papers have these.
         figure: Of `python -m minilm_exp.figures`.
         unavailable: Values of rows that the paper has and a teacher may lack, with the reason.
+        note: What else a reader must know to compare with the paper.
     """
 
     title: str
@@ -101,6 +102,7 @@ class TableSpec:
     cells: list[tuple[dict[str, str], dict[str, _Place]]]
     figure: Figure | None
     unavailable: list[tuple[dict[str, str], str]]
+    note: str
 
     def parts(self, values: dict[str, str], teacher_layers: int) -> list[Named]:
         """Names and places of a row's values, and of all of them together."""
@@ -146,6 +148,7 @@ def read_spec(file: Path) -> TableSpec:
             [(one["values"], one["paper"]) for one in content.pop("cells", [])],
             Figure(**content.pop("figure")) if "figure" in content else None,
             [(one["values"], one["reason"]) for one in content.pop("unavailable", [])],
+            str(content.pop("note", "")),
         )
         if content:
             raise ExperimentError(f"{file} has unknown keys: {', '.join(content)}")

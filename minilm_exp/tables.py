@@ -81,6 +81,7 @@ def footer(data: TableData) -> list[str]:
             f"Paper: {', '.join(map(_source, tables))}, in other settings (teacher, corpus,"
             " steps, data): compare the order, not the numbers."
         )
+        lines += [data.spec.note] * bool(data.spec.note)
     lines += [
         *(f"Command: {shlex.join(['python', *words])}" for words in data.record.commands),
         f"Runs: {data.record.name}, {len(results)} of {len(data.record.cells)} cells,"

@@ -119,6 +119,11 @@ def test_changed_shape_changes_the_name_of_the_student(settings_for):
         ([], "teacher_layers"),
         (["student.num_layers=6"], "teacher_layers"),
         (["student.num_layers=6", "layer_selection=upper_middle"], "random"),
+        (
+            ["student.num_layers=6", "layer_selection=upper_middle", "student.init_layers=whole"],
+            "teacher_layers",
+        ),
+        (["teacher=bert_base", "student.init_layers=whole"], "random"),
         (["student.num_layers=7"], "random"),
         (["student.hidden_size=192"], "random"),
         (["student.num_attention_heads=6"], "random"),

@@ -258,7 +258,13 @@ def test_teacher_layers_are_copied(
 
 @pytest.mark.parametrize(
     ("chosen", "sources"),
-    [("every_second", [2, 4]), ("first", [1, 2]), ("last", [2, 3]), ([4, 1], [4, 1])],
+    [
+        ("whole", [2, 4]),
+        ("every_second", [2, 4]),
+        ("first", [1, 2]),
+        ("last", [2, 3]),
+        ([4, 1], [4, 1]),
+    ],
     ids=str,
 )
 def test_chosen_teacher_layers_are_copied(chosen, sources, tiny_bert, build):

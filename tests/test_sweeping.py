@@ -21,6 +21,7 @@ from test_run import client_of, command, environment, run
 from minilm_exp.parsing import parse
 from minilm_exp.provenance import run_key
 from minilm_exp.resolvers import register_resolvers
+from minilm_exp.settings import init_layers
 from minilm_exp.studies import SharedStorage
 from minilm_exp.sweep_record import open_record, read_record
 from minilm_exp.sweeping import _cells, _grid, _space
@@ -87,6 +88,16 @@ def test_cells_follow_teacher_and_command_line(overrides, values):
     cells = cells_of(*overrides)
     (name,) = cells[0]
     assert [int(cell[name]) for cell in cells] == values
+
+
+def test_rows_of_teacher_layer_start_alike():
+    """Random weights below the layers that the student has, teacher layers above: another study."""
+    for cell in cells_of("sweeps=teacher_layer"):
+        (override,) = (f"{name}={value}" for name, value in cell.items())
+        settings = parse(composed("sweeps=teacher_layer", override), True)
+        student, layer = settings.student, settings.layer_selection.teacher_layer
+        assert student.init == "teacher_layers"
+        assert init_layers(student, layer, settings.teacher.num_layers) == [2, 4, 6]
 
 
 def test_student_of_an_assistant_is_half_of_the_teacher():
