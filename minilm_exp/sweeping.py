@@ -48,7 +48,8 @@ from minilm_exp.sweep_summary import Plan, print_cells, print_end, print_search
 from minilm_exp.tracking import end_tagged, start_tracking
 from minilm_exp.trial import Trial
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+# It warns of each trial of a process that finds the queue empty.
+optuna.logging.set_verbosity(optuna.logging.ERROR)
 _SESSION = "sweep.json"
 _TRIALS = "trials.jsonl"
 _ALIVE = "alive.lock"
