@@ -356,7 +356,11 @@ def _resolve_init(settings: Settings) -> None:
         reason = "student and teacher layers differ in size, or not 4 x wide inside"
         if student.num_layers > highest_init_layer(settings):
             reason = f"there are fewer than student.num_layers={student.num_layers} teacher layers"
-        student.init, student.init_layers = "random", "evenly"
+        student.init = "random"
+        if (
+            student.init_layers == "whole"
+        ):  # which a sweep asks of every student; no other is ignored
+            student.init_layers = "evenly"
     settings.notes.append(f"student.init=auto: {student.init}, because {reason}")
 
 

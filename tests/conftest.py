@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from sqlalchemy import NullPool, create_engine, make_url, text
 
 from minilm_exp.resolvers import register_resolvers
 
@@ -109,6 +108,8 @@ def studies(request, tmp_path):
     """Address of a new database for studies."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/optuna.db"
+    from sqlalchemy import NullPool, create_engine, make_url, text
+
     server = request.getfixturevalue("postgres")
     name = f"studies_{time.time_ns()}"
     engine = create_engine(server, poolclass=NullPool, isolation_level="AUTOCOMMIT")

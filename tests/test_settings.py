@@ -541,6 +541,10 @@ WRONG_VALUES = {
     "no server": (["tracking=server"], "tracking.uri"),
     "files that are not there": (["corpus.files=[/nowhere/*.txt]"], "/nowhere/*.txt"),
     "no such pair": (["relation_set.pairs=[qq,qx]"], "relation_set.pairs"),
+    "start of random weights": (
+        ["student=demo", "student.hidden_size=192", "student.init_layers=first"],
+        "student.init_layers=first makes no difference",
+    ),
     "no such start": (["student.init_layers=middle"], "student.init_layers=middle"),
     "start of other length": (["student.init_layers=[1,2]"], "names 2 layers"),
     "start above the teacher": (["student.init_layers=[1,2,9]"], "teacher has 1..6"),
