@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from minilm_exp.corpus import PreparedCorpus
 from minilm_exp.errors import ExperimentError
@@ -48,6 +50,7 @@ from minilm_exp.teacher_cache import TeacherCaches
 
 LogMetrics = Callable[[dict[str, float], int], None]
 
+_log = logging.getLogger(__name__)
 _WHOLE = "whole.json"
 # In the place of a step.
 _VALIDATION = -1
@@ -249,7 +252,12 @@ def distil(
         if settings.runtime.compile:
             distiller.compile_layers()
         set_seed(settings.seed)
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        if start is not None:
+            _log.info("going on after step %d of %d", _step(start), training.max_steps)
+        if start is not None and _step(start) >= training.max_steps:
+            trainer.load(start)  # the library would train for one step more
+        else:
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
         return trainer.final_losses()
     finally:
         if profiler is not None:
@@ -271,6 +279,11 @@ class _DistillationTrainer(Trainer):
         distiller: Distiller = arguments["model"]
         self._distiller = distiller
         self._names = [*distiller.objective.names, "total"]
+
+    def load(self, checkpoint: Path) -> None:
+        """Weights and step, without training."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> ShuffleSampler:
         """Whole steps only, so that an epoch's end is the same for every micro-batch size."""
@@ -455,8 +468,11 @@ def last_whole_checkpoint(checkpoints: Path) -> Path | None:
 
 def _by_step(checkpoints: Path) -> list[Path]:
     """The latest first."""
-    folders = [*checkpoints.glob("checkpoint-*")]
-    return sorted(folders, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
+    return sorted(checkpoints.glob("checkpoint-*"), key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def _training_arguments(settings: Settings, precision: str, checkpoints: Path) -> TrainingArguments:

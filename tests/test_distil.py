@@ -543,6 +543,15 @@ def test_resumed_run_equals_an_uninterrupted_one(run, changes):
     assert resumed.logged == [entry for entry in whole.logged if entry[0] > 3]
 
 
+def test_run_that_was_killed_after_its_last_step_trains_no_further(run):
+    """A step more than there are, which the library takes there, and the same loss again."""
+    settings = {"num_train": 20, "max_steps": 4, "checkpoint_steps": 2, "hidden_dropout": 0.1}
+    whole = run(name="run", **settings)
+    resumed = run(name="run", resume=True, **settings)
+    assert resumed.logged == []
+    assert resumed.losses == whole.losses and are_equal(resumed.student, whole.student)
+
+
 def damage_model(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
