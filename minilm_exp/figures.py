@@ -7,6 +7,7 @@ lines differ, so that they can be told apart in grey.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from minilm_exp.errors import ExperimentError
+from minilm_exp.pareto import on_front
 from minilm_exp.plots import LINES
-from minilm_exp.table_data import Row, TableData
+from minilm_exp.table_data import Measured, Row, TableData
 from minilm_exp.tables import command_line, log_files
 from minilm_exp.tracking import open_tracker
 
@@ -39,18 +41,19 @@ def draw(data: TableData, uri: str | None = None) -> Figure:
     kinds: dict[str, Callable[[Axes, TableData], None]] = {
         "line": _line,
         "pareto": _pareto,
+        "search": _search,
         "loss": functools.partial(_loss, uri),
     }
     if given is None or given.kind not in kinds:
         raise ExperimentError(
             f"the table of {data.record.sweep} names no figure of {', '.join(kinds)}"
         )
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     kinds[given.kind](axes, data)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    title = data.spec.title
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    title = "\n".join([data.spec.title, *([", ".join(data.common)] if data.common else [])])
     if any(not result.meaningful for result in data.results):
         title += "\nNOT MEANINGFUL: random teacher"
     if data.problems:
@@ -78,7 +81,7 @@ def _line(axes: Axes, data: TableData) -> None:
         axes.errorbar(
             [x for x, _ in known],
             [100 * (measured.mean - first.mean) for _, measured in known],
-            yerr=[100 * (measured.spread or 0) for _, measured in known],
+            yerr=_bars([measured for _, measured in known]),
             label=f"{column.label} ({100 * first.mean:.1f} at {reference.label})",
             capsize=3,
             **_style(number),
@@ -88,7 +91,7 @@ def _line(axes: Axes, data: TableData) -> None:
         axes.set_xscale("log", base=2)
     axes.set_xticks(places, [row.values[axis] for row in rows])
     axes.set_xlabel(data.spec.figure.label or axis)
-    axes.set_ylabel(f"score x 100, less that of {reference.label}")
+    axes.set_ylabel(f"score × 100, less that of {reference.label}{_seeds(data)}")
 
 
 def _paper_lines(axes: Axes, data: TableData, rows: list[Row], places: list[float]) -> None:
@@ -115,7 +118,7 @@ def _paper_lines(axes: Axes, data: TableData, rows: list[Row], places: list[floa
 
 def _pareto(axes: Axes, data: TableData) -> None:
     """Mean score against speedup, and the line of what nothing beats in both."""
-    column = "mean" if "mean" in data.columns else next(iter(data.columns))
+    column = _score_column(data)
     points = []
     for number, row in enumerate(row for row in data.rows if row.results):
         score, speed = row.measured(column), row.measured("speedup")
@@ -125,42 +128,94 @@ def _pareto(axes: Axes, data: TableData) -> None:
         axes.errorbar(
             speed.mean,
             100 * score.mean,
-            yerr=100 * (score.spread or 0),
+            yerr=_bars([score]),
             label=row.label,
             capsize=3,
             linestyle="none",
             marker=_MARKS[number % len(_MARKS)],
             color=_GREYS[number // len(_MARKS) % len(_GREYS)],
         )
-    front = pareto_front(points)
+    _front(axes, points, on_front(points))
+    baselines = sorted({str(result.baseline) for result in data.results})
+    axes.set_xlabel(f"speedup over {', '.join(baselines)}")
+    axes.set_ylabel(f"{data.columns[column].label}, score × 100{_seeds(data)}")
+
+
+def _front(axes: Axes, points: list[tuple[float, float]], is_on_front: list[bool]) -> None:
+    front = sorted({point for point, is_best in zip(points, is_on_front) if is_best})
     axes.plot(
-        [x for x, _ in front], [y for _, y in front], color="0.6", linewidth=1, label="Pareto front"
+        [x for x, _ in front],
+        [y for _, y in front],
+        color="0.6",
+        linewidth=1,
+        label="Pareto front" if len(front) > 1 else "_nolegend_",
+        zorder=0,
     )
-    axes.set_xlabel("speedup over the baseline")
-    axes.set_ylabel(f"{data.columns[column].label}, score x 100")
 
 
-def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other is at least as good as in both values and better in one."""
-    front: list[tuple[float, float]] = []
-    for x, y in sorted(set(points), reverse=True):
-        if not front or y > front[-1][1]:
-            front.append((x, y))
-    return front[::-1]
+def _search(axes: Axes, data: TableData) -> None:
+    """Score against the second value that is searched for, or in the order of the trials."""
+    rows = sorted((row for row in data.rows if row.results), key=lambda row: row.number)
+    others = [name for name in data.record.trial_values if name != "score"]
+    points, is_best = [], []
+    for row in rows:
+        (result,) = row.results.values()
+        score, other = result.score, result.trial_value(others[0]) if others else row.number
+        if score is not None and other is not None:
+            points.append((float(other), 100 * score if result.scores else score))
+            is_best.append(row.is_best)
+    axes.plot(*zip(*points), "o", color="0.35", fillstyle="none", label="a trial")
+    if others:
+        best = [point for point, found in zip(points, is_best) if found]
+        axes.plot(*zip(*best), "o", color="black", label="no other is better in all")
+        _front(axes, points, is_best)
+    else:
+        best_yet = itertools.accumulate((score for _, score in points), max)
+        trials = [x for x, _ in points]
+        axes.step(trials, [*best_yet], color="black", where="post", label="best yet")
+    axes.set_xlabel(others[0] if others else "trial")
+    axes.set_ylabel("score × 100, mean of the tasks")
+
+
+def _score_column(data: TableData) -> str:
+    return "mean" if "mean" in data.columns else next(iter(data.columns))
+
+
+def _bars(measured: list[Measured]) -> list[float] | None:
+    """Half lengths of error bars; none where there is one seed."""
+    if all(one.spread is None for one in measured):
+        return None
+    return [100 * (one.spread or 0) for one in measured]
+
+
+def _seeds(data: TableData) -> str:
+    """What points and error bars stand for."""
+    numbers = sorted({len(row.results) for row in data.rows if row.results})
+    if numbers in ([], [1]):
+        return "\n(one seed)"
+    return f"\n(mean ± standard deviation of {' to '.join(map(str, numbers))} seeds)"
 
 
 def _loss(uri: str | None, axes: Axes, data: TableData) -> None:
     """Training loss of the first seed of each row."""
+    seeds = set()
     for number, row in enumerate(row for row in data.rows if row.results):
-        result = row.results[min(row.results, key=int)]
-        points = open_tracker(uri, result.run_id).history("distill/loss/total")
+        seeds.add(seed := min(row.results, key=int))
+        try:
+            tracker = open_tracker(uri, row.results[seed].run_id)
+        except ExperimentError as error:
+            raise ExperimentError(
+                f"{error}; losses are kept in MLflow alone: name its store by --tracking-uri, or"
+                " compute the runs again with rerun=true"
+            ) from error
+        points = tracker.history("distill/loss/total")
         axes.plot(
             [step for step, _ in points],
             [value for _, value in points],
             label=row.label,
             **(_style(number) | {"marker": None}),
         )
-    axes.set_xlabel("step")
+    axes.set_xlabel(f"step (the runs of seed {', '.join(sorted(seeds, key=int))})")
     axes.set_ylabel("loss of all its terms (not comparable between rows)")
     axes.set_ylim(bottom=0)
 

@@ -32,7 +32,13 @@ from minilm_exp.provenance import (
 from minilm_exp.redaction import redact
 from minilm_exp.relations import resolve_kernel
 from minilm_exp.result import Result, read_result
-from minilm_exp.run_folder import choose_folder, finished_run, run_name, take_folder
+from minilm_exp.run_folder import (
+    choose_folder,
+    finished_run,
+    run_name,
+    standing_runs,
+    take_folder,
+)
 from minilm_exp.settings import NEUTRAL, Settings, as_dict, flatten
 from minilm_exp.speed import measure_speedup
 from minilm_exp.stages import Chain, open_corpus
@@ -102,6 +108,7 @@ def run_experiment(
             folder=str(folder),
             meaningful=(settings.teacher.weights != "random" or "teacher" not in inputs)
             and (made_by is None or made_by.meaningful),
+            replaces=[known.run_id for known in standing_runs(settings, key)],
         )
         before = left if settings.resume else None
         start = time.monotonic() - ((before and before.elapsed_seconds) or 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ class Result:
         spreads: Their standard deviations, where there are several seeds.
         num_seeds: Fine-tunings of each model on each task.
         made_by: Commit, whether the tree was changed, results version, precision, hardware.
+        replaces: Finished runs of the same key, by MLflow id, which this one stands for once it is
+            finished.
         stages: Of a recipe with several stages, the validation losses of each.
         grids: By model and task every cell of a search, not only the best.
     """
@@ -44,6 +47,7 @@ class Result:
     parameters: dict[str, dict[str, int]] = field(default_factory=dict)
     elapsed_seconds: float | None = None
     made_by: dict[str, str] = field(default_factory=dict)
+    replaces: list[str] = field(default_factory=list)
     error: str | None = None
 
     def scores_of(self, role: str) -> dict[str, float]:
@@ -95,12 +99,28 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
 
 
 def read_result(folder: Path) -> Result | None:
-    """The result in a run folder, or None where there is no readable one."""
+    """The result in a run folder, or None where there is no readable one.
+
+    Its folder is the present one, also where the run was moved.
+    """
     try:
         stored = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         for old, new in _OLD_NAMES.items():
             if old in stored:
                 stored[new] = stored.pop(old)
-        return Result(**stored)
+        return Result(**(stored | {"folder": str(folder)}))
     except (OSError, ValueError, TypeError, AttributeError):
         return None
+
+
+def read_results(folders: Iterable[Path]) -> list[Result]:
+    """Those that can be read."""
+    results = [read_result(folder) for folder in folders]
+    return [result for result in results if result is not None]
+
+
+def standing(results: Iterable[Result], key: str) -> list[Result]:
+    """The finished runs of a key that no other replaces; several only where runs were copied."""
+    finished = [r for r in results if r.run_key == key and r.status == "FINISHED"]
+    replaced = {run_id for result in finished for run_id in result.replaces}
+    return [result for result in finished if result.run_id not in replaced]

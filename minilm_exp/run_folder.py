@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from minilm_exp.distil import last_whole_checkpoint
-from minilm_exp.result import Result, read_result
+from minilm_exp.result import Result, read_result, read_results, standing
 from minilm_exp.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -41,12 +41,15 @@ def finished_run(settings: Settings, key: str) -> Result | None:
         needed.append("models")
     elif not needed:
         needed.append("predictions")
-    for folder in _folders(settings, key):
-        result = read_result(folder)
-        if result is not None and result.status == "FINISHED" and result.run_key == key:
-            if all((folder / name).exists() for name in needed):
-                return result
+    for result in standing_runs(settings, key):
+        if all((Path(result.folder) / name).exists() for name in needed):
+            return result
     return None
+
+
+def standing_runs(settings: Settings, key: str) -> list[Result]:
+    """The finished runs of this key that no other replaces."""
+    return standing(read_results(_folders(settings, key)), key)
 
 
 def choose_folder(settings: Settings, key: str) -> tuple[Path, list[str]]:

@@ -145,6 +145,8 @@ def print_comparison(outcomes: list[tuple[list[str], Result]]) -> None:
     console = Console(width=max(Console().width, 140), markup=False)
     console.print("\nmean ± standard deviation over seeds")
     console.print(table)
+    if len(groups) > 1:
+        console.print("validation losses compare between runs of one objective only")
 
 
 _ROLES = {"student": "student", "undistilled": "not distilled", "teacher": "teacher"}

@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from minilm_exp.errors import ExperimentError
-from minilm_exp.result import Result, read_result, write_json
+from minilm_exp.result import Result, read_results, standing, write_json
 
 
 @dataclass
@@ -21,13 +21,11 @@ class Cell:
 
     Attributes:
         values: What the sweep varies, by setting, as typed on a command line.
-        folder: Of the run that computed it last, also where that failed; None before.
-        run_key: Of that run.
-        error: Why its last run failed, where it has no folder.
+        run_key: Of the run that computed it; None before.
+        error: Why its last run failed.
     """
 
     values: dict[str, str]
-    folder: str | None = None
     run_key: str | None = None
     error: str | None = None
 
@@ -38,19 +36,33 @@ class Cell:
 
     def take(self, result: Result) -> None:
         """Notes the run that computed it."""
-        self.folder, self.run_key, self.error = result.folder, result.run_key, None
+        self.run_key, self.error = result.run_key, None
 
-    @property
-    def result(self) -> Result | None:
-        """Of its run; None where there is none, or none that can be read."""
-        result = None if self.folder is None else read_result(Path(self.folder))
-        return result if result is not None and result.run_key == self.run_key else None
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether its run ended well and is still there."""
-        result = self.result
-        return result is not None and result.status == "FINISHED"
+class Runs:
+    """The runs that lie in a folder of outputs, as they are there now."""
+
+    def __init__(self, outputs: Path) -> None:
+        self.folder = outputs / "runs"
+        self._by_key: dict[str, list[Result]] = {}
+        for result in read_results(sorted(self.folder.glob("*/"))):
+            self._by_key.setdefault(result.run_key, []).append(result)
+
+    def of(self, cell: Cell) -> list[Result]:
+        """All runs of the cell, whatever became of them."""
+        return self._by_key.get(cell.run_key or "", [])
+
+    def standing(self, cell: Cell) -> list[Result]:
+        """Its finished runs that no other replaces; several only where runs were copied."""
+        return standing(self.of(cell), cell.run_key or "")
+
+    def count(self, cells: list[Cell]) -> str:
+        """How many of them are finished."""
+        return f"{sum(bool(self.standing(cell)) for cell in cells)} of {len(cells)} cells"
+
+    def result(self, cell: Cell) -> Result | None:
+        """Of its finished run; None where there is none, or none that can be read."""
+        return next(iter(self.standing(cell)), None)
 
 
 @dataclass
@@ -64,6 +76,10 @@ class SweepRecord:
         commands: Of all calls, each once.
         calls: How many there were.
         is_grid: False for a search.
+        num_trials: Of a search, how many were asked for.
+        num_complete: Of them, how many were finished when a call last began or ended.
+        trial_values: What its trials return, of which the score is one.
+        directions: Of each of them, maximize or minimize.
         uri: Of MLflow, without its password.
         run_id: The MLflow run above those of the cells.
         cells: In the order of the last call, then those of earlier ones.
@@ -75,6 +91,10 @@ class SweepRecord:
     commands: list[list[str]] = field(default_factory=list)
     calls: int = 0
     is_grid: bool = True
+    num_trials: int | None = None
+    num_complete: int = 0
+    trial_values: list[str] = field(default_factory=lambda: ["score"])
+    directions: list[str] = field(default_factory=lambda: ["maximize"])
     uri: str | None = None
     run_id: str | None = None
     cells: list[Cell] = field(default_factory=list)
@@ -85,7 +105,7 @@ class SweepRecord:
         self.calls += 1
         self.is_grid = is_grid
 
-    def order(self, values: list[dict[str, str]]) -> list[Cell]:
+    def order(self, values: list[dict[str, str]], runs: Runs) -> list[Cell]:
         """The cells of a grid, in its order, and before those of earlier calls.
 
         What earlier calls did not finish and this one does not ask for is forgotten, such as a
@@ -94,7 +114,7 @@ class SweepRecord:
         asked = [self.cell(one) for one in values]
         if values:
             others = [cell for cell in self.cells if cell.values not in values]
-            self.cells = asked + [cell for cell in others if cell.is_finished]
+            self.cells = asked + [cell for cell in others if runs.standing(cell)]
         return asked
 
     def cell(self, values: dict[str, str]) -> Cell:
@@ -131,10 +151,10 @@ def read_record(file: Path) -> SweepRecord:
     """
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        cells = [Cell(**cell) for cell in stored.pop("cells")]
+        cells = [Cell(c["values"], c["run_key"], c["error"]) for c in stored.pop("cells")]
         return SweepRecord(**stored, cells=cells)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ExperimentError(
-            f"{file} is no record of a sweep ({error}): remove it, and start the sweep again;"
-            " finished runs are not computed again"
+            f"{file} is no record of a sweep: remove it, and start the sweep again; finished runs"
+            " are not computed again"
         ) from error

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from minilm_exp.resolvers import REPOSITORY
 from minilm_exp.result import Result
 from minilm_exp.summary import print_comparison
-from minilm_exp.sweep_record import Cell, SweepRecord
+from minilm_exp.sweep_record import Cell, Runs, SweepRecord
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,17 @@ class Plan:
     error: str | None = None
 
 
-def print_cells(name: str, cells: list[Cell], plans: list[Plan]) -> None:
+def print_cells(record: SweepRecord, cells: list[Cell], plans: list[Plan], runs: Runs) -> None:
     """The cells of a sweep, which of them are finished, and how long the others will take.
 
     Args:
-        name: Of the sweep's record.
+        record: Of the sweep.
         cells: Of this call.
         plans: What is known of each.
+        runs: By which the time is estimated, where cells of the record are finished.
     """
-    took = [p.finished.elapsed_seconds for p in plans if p.finished is not None]
+    known = map(runs.result, record.cells)
+    took = [result.elapsed_seconds for result in known if result is not None]
     measured = [value for value in took if value is not None]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("cell", "state", "about"):
@@ -52,7 +55,7 @@ def print_cells(name: str, cells: list[Cell], plans: list[Plan]) -> None:
             left += seconds
             table.add_row(cell.name, "to do", _time(seconds))
     console = Console(markup=False)
-    console.print(f"\n{name}: {len(cells)} cells")
+    console.print(f"\n{record.name}: {len(cells)} cells")
     console.print(table)
     basis = "what the finished ones took" if measured else "the sizes of the models; very rough"
     if left:
@@ -70,18 +73,19 @@ def print_search(name: str, number: int, total: int, plan: Plan) -> None:
     print(f"\n{name}: {total - number} of {total} trials are finished{estimate}\n", flush=True)
 
 
-def print_end(record: SweepRecord, failed: list[Cell]) -> None:
+def print_end(record: SweepRecord, failed: list[Cell], runs: Runs) -> None:
     """The cells whoever computed them, how many are finished, and why others of this call failed.
 
     Args:
         record: Of the sweep.
         failed: Cells of this call that are not finished.
+        runs: Where its runs are.
     """
     console = Console(markup=False)
     outcomes = [
         ([f"{name}={value}" for name, value in cell.values.items()], result)
         for cell in record.cells
-        if (result := cell.result) is not None and result.status == "FINISHED"
+        if (result := runs.result(cell)) is not None
     ]
     if len(outcomes) > 1:
         print_comparison(outcomes)
@@ -89,7 +93,9 @@ def print_end(record: SweepRecord, failed: list[Cell]) -> None:
     for cell in failed:
         reason = cell.error or "not finished; the same command goes on with it"
         console.print(f"failed: {cell.name}: {reason}", soft_wrap=True)
-    console.print(f"table       make table NAME={record.sweep}")
+    outputs = runs.folder.parent
+    where = "" if outputs == REPOSITORY / "outputs" else f" ARGS='--outputs {outputs}'"
+    console.print(f"table       make table NAME={record.sweep}{where}", soft_wrap=True)
 
 
 def _time(seconds: float) -> str:

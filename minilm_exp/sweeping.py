@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import platform
 import shlex
@@ -28,7 +29,7 @@ from hydra.experimental.callback import Callback
 from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl, create_params_from_overrides
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
@@ -40,16 +41,19 @@ from minilm_exp.locks import AdvisoryLock, is_postgres
 from minilm_exp.parsing import parse
 from minilm_exp.provenance import fingerprint_text, git_state
 from minilm_exp.redaction import redact
+from minilm_exp.resolvers import REPOSITORY
 from minilm_exp.result import Result, write_json
 from minilm_exp.settings import NEUTRAL, Tracking
 from minilm_exp.studies import SharedStorage
-from minilm_exp.sweep_record import Cell, open_record
+from minilm_exp.sweep_record import Cell, Runs, open_record
 from minilm_exp.sweep_summary import Plan, print_cells, print_end, print_search
 from minilm_exp.tracking import end_tagged, start_tracking
 from minilm_exp.trial import Trial
 
 # It warns of each trial of a process that finds the queue empty.
 optuna.logging.set_verbosity(optuna.logging.ERROR)
+# It tells the "best parameters", which of a grid are those of the luckiest seed.
+logging.getLogger("hydra_plugins.hydra_optuna_sweeper._impl").setLevel(logging.WARNING)
 _SESSION = "sweep.json"
 _TRIALS = "trials.jsonl"
 _ALIVE = "alive.lock"
@@ -172,7 +176,7 @@ class SweepCallback(Callback):
             self._alive.acquire(timeout=0)
             self._session = _start(config)
         except Exception as error:
-            is_known = isinstance(error, ExperimentError)
+            is_known = isinstance(error, (ExperimentError, HydraException, OmegaConfBaseException))
             reason = str(error) if is_known else f"unexpected {type(error).__name__}: {error}"
             raise SystemExit(f"error: {redact(reason)}") from error
 
@@ -211,6 +215,12 @@ def _start(config: DictConfig) -> Session:
     grid = _grid(space) if is_grid else {}
     cells = _cells(grid) if is_grid else []
     plans = [_plan(config, cell) for cell in cells or [{}]]
+    if not is_grid:
+        if config.num_trials < 1:
+            raise ExperimentError(f"num_trials={config.num_trials}: a search needs at least 1")
+        for choice in _single_choices(space):
+            _plan(config, choice)
+    runs = Runs(outputs)
     seed = {"seed": str(config.seed)}
     name = f"{sweep}-{_fingerprint(config, space)}"
     with open_record(outputs, sweep, name) as record:
@@ -229,7 +239,11 @@ def _start(config: DictConfig) -> Session:
             if not is_grid:
                 study.enqueue_trial(trial.params)
         record.begin([redact(word) for word in (Path(sys.argv[0]).name, *sys.argv[1:])], is_grid)
-        known = record.order([seed | {k: str(v) for k, v in cell.items()} for cell in cells])
+        record.trial_values = [str(value) for value in config.trial_values]
+        record.directions = [direction.name.lower() for direction in directions]
+        if not is_grid:
+            record.num_trials, record.num_complete = int(config.num_trials), _num_complete(study)
+        known = record.order([seed | {k: str(v) for k, v in cell.items()} for cell in cells], runs)
         for cell, plan in zip(known, plans):
             if plan.finished is not None:
                 cell.take(plan.finished)
@@ -239,8 +253,10 @@ def _start(config: DictConfig) -> Session:
         )  # fmt: skip
         record.uri, record.run_id = redact(tracking.uri), tracker.run_id
         resolvers.sweep_state.calls = record.calls
+    if not (REPOSITORY / "sweeps" / f"{sweep}.table").is_file():
+        print(f"there is no sweeps/{sweep}.table, which make table will need")
     if is_grid:
-        print_cells(name, known, plans)
+        print_cells(record, known, plans, runs)
         if git_state()["dirty"] == "true":
             print("the tree has uncommitted changes: make table refuses cells that are made now\n")
         finished = [plan.finished is not None for plan in plans]
@@ -271,19 +287,32 @@ def _end(session: Session, tracking: Tracking, is_interrupted: bool) -> None:
         _wait_for_others(study, tracking.studies)
     is_open = bool(_alive_trials(study, tracking.studies))
     with open_record(Path(session.outputs), session.sweep, session.name) as record:
-        pass
+        record.num_complete = _num_complete(study) if not record.is_grid else 0
+    runs = Runs(Path(session.outputs))
     called = [cell for cell in record.cells if not session.cells or cell.values in session.cells]
-    failed = [cell for cell in called if not cell.is_finished]
+    failed = [cell for cell in called if not runs.standing(cell)]
     resolvers.sweep_state.failed = tuple(cell.name for cell in failed)
     tracker = start_tracking(
         tracking.uri, tracking.experiment, Path(session.outputs), session.name, session.parent_id
     )
     if not is_open:
         tracker.finish("KILLED" if is_interrupted else "FAILED" if failed else "FINISHED")
-    print_end(record, failed)
+    print_end(record, failed, runs)
+
+
+def _single_choices(space: dict[str, BaseDistribution]) -> list[dict[str, Any]]:
+    """Each value of each list of a search by itself."""
+    lists = {n: d.choices for n, d in space.items() if isinstance(d, CategoricalDistribution)}
+    return [{name: value} for name, choices in lists.items() for value in choices]
 
 
 def _plan(config: DictConfig, cell: dict[str, Any]) -> Plan:
+    """What is known of a cell.
+
+    Raises:
+        ExperimentError: It cannot be composed, as with a value that a group lacks: Hydra would end
+            the whole sweep there. One whose settings are refused fails by itself.
+    """
     from minilm_exp.pipeline import find_finished  # heavy, and the config was found right
 
     task = list(config.hydra.overrides.task)
@@ -294,11 +323,15 @@ def _plan(config: DictConfig, cell: dict[str, Any]) -> Plan:
     typed = {override.split("=")[0].lstrip("+~") for override in overrides}
     try:
         composed = GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        asked = " ".join(f"{name}={value}" for name, value in cell.items())
+        raise ExperimentError(f"nothing was started, {asked} is no cell: {error}") from error
+    try:
         with read_write(composed), open_dict(composed):
             del composed["hydra"]
         settings = parse(composed, True, typed)
         return Plan(estimate_seconds(settings), find_finished(settings) if cell else None)
-    except (ExperimentError, HydraException, OmegaConfBaseException) as error:
+    except (ExperimentError, OmegaConfBaseException) as error:
         return Plan(error=redact(str(error)))
 
 
@@ -315,12 +348,16 @@ def _grid(space: dict[str, BaseDistribution]) -> dict[str, list[Any]]:
     grid = {}
     for name in sorted(space, key=lambda name: name != "seed"):
         try:
-            grid[name] = list(OptunaSweeperImpl._to_grid_sampler_choices(space[name]))
+            values = list(OptunaSweeperImpl._to_grid_sampler_choices(space[name]))
         except ValueError as error:
             raise ExperimentError(
                 f"{name}: a grid needs a list, such as {name}=choice(1,2); a range of numbers is"
                 " for sweeps=search"
             ) from error
+        twice = [value for number, value in enumerate(values) if value in values[:number]]
+        if twice:
+            raise ExperimentError(f"{name}={twice[0]} is there twice: give each value once")
+        grid[name] = values
     return grid
 
 

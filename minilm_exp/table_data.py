@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import yaml
 from scipy import stats
 
 from minilm_exp.errors import ExperimentError
+from minilm_exp.pareto import on_front
 from minilm_exp.provenance import RESULTS_VERSION
-from minilm_exp.result import Result, read_result
-from minilm_exp.sweep_record import Cell, SweepRecord, read_record, record_folder
+from minilm_exp.result import Result
+from minilm_exp.sweep_record import Cell, Runs, SweepRecord, read_record, record_folder
 from minilm_exp.table_spec import Named, TableSpec
 
 # Below it a difference is bold; two-sided, of Welch's t-test over seeds.
@@ -54,21 +56,22 @@ class Row:
     """Runs that differ by their seed alone.
 
     Attributes:
-        values: Of the settings by which rows differ.
-        parts: Name and paper's place of each of them.
+        values: Of the settings that the sweep varies.
+        label: The row's name: what tells it from other rows.
+        parts: Name and paper's place of each of the values.
+        number: Which of the rows it was, as they were asked for.
         results: By seed.
         unavailable: Why there are none.
+        is_best: Of a search, whether no other trial beats it in all that is searched for.
     """
 
     values: dict[str, str]
+    label: str
     parts: list[Named]
+    number: int = 0
     results: dict[str, Result] = field(default_factory=dict)
     unavailable: str | None = None
-
-    @property
-    def label(self) -> str:
-        """The row's name."""
-        return ", ".join(part.label for part in self.parts if part.label)
+    is_best: bool = False
 
     def measured(self, column: str) -> Measured | None:
         """A column's values in the order of the seeds; None where a run lacks it."""
@@ -84,7 +87,9 @@ class TableData:
     Attributes:
         spec: What it shows.
         record: Where its cells are.
-        rows: The first is what the others are compared with.
+        rows: The first is what the others are compared with. Of a search the best come first.
+        common: What is the same in all rows though the sweep varies it, by name.
+        without: Values that were left out, as on the command line.
         columns: Those of the spec and of tasks that it does not name.
         more: Columns that are no scores.
         papers: Columns of the paper whose tasks were not run here.
@@ -94,10 +99,17 @@ class TableData:
     spec: TableSpec
     record: SweepRecord
     rows: list[Row]
+    common: list[str]
+    without: list[str]
     columns: dict[str, Named]
     more: dict[str, Named]
     papers: dict[str, Named]
     problems: list[str]
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether rows are compared with the first; those of a search are ordered by score."""
+        return self.record.is_grid
 
     @property
     def results(self) -> list[Result]:
@@ -105,29 +117,48 @@ class TableData:
         return [result for row in self.rows for result in row.results.values()]
 
 
-def newest_record(outputs: Path, name: str) -> SweepRecord:
-    """The record of a sweep, or of several scales of it the one last written.
+def find_records(outputs: Path, name: str, runs: Runs) -> list[SweepRecord]:
+    """The records of a sweep, one for each scale: the one last written first.
+
+    Those without a finished cell, as of a call that failed, come after all others.
 
     Args:
         outputs: The folder of all runs.
         name: Of the sweep, or of one record.
+        runs: In that folder.
 
     Raises:
         ExperimentError: There is none.
     """
     folder = record_folder(outputs)
     files = [*folder.glob(f"{name}.json"), *folder.glob(f"{name}-*.json")]
-    if not files:
+    files.sort(key=lambda file: -file.stat().st_mtime)
+    records = [read_record(file) for file in files]
+    records = [record for record in records if name in (record.name, record.sweep)]
+    if not records:
         there = ", ".join(sorted(file.stem for file in folder.glob("*.json"))) or "nothing"
         raise ExperimentError(
             f"{folder} has no sweep {name}; there is {there}: run it (python run.py -m"
             f" sweeps={name}), or name the folder of its runs (--outputs)"
         )
-    return read_record(max(files, key=lambda file: file.stat().st_mtime))
+    return sorted(records, key=lambda record: not any(map(runs.standing, record.cells)))
 
 
-def collect(record: SweepRecord, spec: TableSpec, allow_mixed: bool = False) -> TableData:
+def collect(
+    record: SweepRecord,
+    spec: TableSpec,
+    runs: Runs,
+    allow_mixed: bool = False,
+    without: Sequence[str] = (),
+) -> TableData:
     """Brings the cells into rows.
+
+    Args:
+        record: The sweep's cells.
+        spec: What its table shows.
+        runs: Where the cells' results are.
+        allow_mixed: Also cells that should not stand in one table.
+        without: SETTING=VALUE whose cells are left out.
 
     Raises:
         ExperimentError: Cells are missing, unfinished, damaged, there twice, made by a changed
@@ -135,40 +166,46 @@ def collect(record: SweepRecord, spec: TableSpec, allow_mixed: bool = False) -> 
     """
     problems: list[str] = []
     found: list[tuple[Cell, Result]] = []
-    # A search goes on without the trials that failed; of a grid every cell is wanted.
-    cells = [cell for cell in record.cells if record.is_grid or cell.error is None]
+    to_run: list[dict[str, str]] = []
+    cells = _without(record, without)
     for cell in cells:
-        problem = _problem(cell)
-        if problem is None and (result := cell.result) is not None:
+        problem = _problem(cell, runs)
+        if problem is None and (result := runs.result(cell)) is not None:
             found.append((cell, result))
-            problems += _duplicates(cell, result)
         else:
             problems.append(f"{cell.name}: {problem}")
-    axes = _axes(record, spec)
+            to_run.append(cell.values)
+        twins = [Path(twin.folder).name for twin in runs.standing(cell)]
+        if len(twins) > 1:
+            problems.append(f"{cell.name}: is there twice, remove {' or '.join(twins)}")
+    num_complete = max(record.num_complete, len(found))
+    if not record.is_grid and num_complete < (record.num_trials or 0):
+        problems.append(
+            f"{num_complete} of {record.num_trials} trials are finished: the same command goes on"
+        )
+    axes = _axes(cells, spec)
     problems += _mixed(found, axes)
+    _share_speeds([result for _, result in found])
     rows: dict[tuple[str, ...], Row] = {}
-    for cell in cells:
+    for number, cell in enumerate(cells, start=1):
         values = {axis: cell.values[axis] for axis in axes}
-        rows.setdefault(tuple(values.values()), Row(values, []))
+        rows.setdefault(tuple(values.values()), Row(values, "", [], number))
     for cell, result in found:
         row = rows[tuple(cell.values[axis] for axis in axes)]
         row.results[cell.values["seed"]] = result
+    common = _name(spec, list(rows.values()))
+    seeds = sorted({cell.values["seed"] for cell in cells}, key=int) if record.is_grid else []
     for row in rows.values():
-        row.parts = spec.parts(row.values, _teacher_layers(row))
-    seeds = {cell.values["seed"] for cell in cells}
-    for row in rows.values():
-        missing = sorted(seeds - set(row.results))
         known = {c.values["seed"] for c in cells if _is_in(c, row)}
-        problems += [
-            f"{row.label}: seed {seed} is missing" for seed in missing if seed not in known
-        ]
+        for seed in seeds:
+            if seed not in known:
+                problems.append(f"{row.label}: seed {seed} is missing")
+                to_run.append({"seed": seed} | row.values)
     if problems and not allow_mixed:
-        listed = "\n".join(f"  {problem}" for problem in problems)
-        raise ExperimentError(
-            f"no table of {record.name}:\n{listed}\nrun the sweep again, which computes what is"
-            " missing (with rerun=true also what is finished), or print it all the same with"
-            " --allow-mixed, which says so in the table"
-        )
+        raise ExperimentError(_refusal(record, problems, to_run))
+    ordered = list(rows.values())
+    if not record.is_grid:
+        ordered = _ranked(record, ordered)
     tasks = list(dict.fromkeys(task for _, result in found for task in result.scores))
     columns = {task: spec.columns.get(task, Named(task)) for task in tasks}
     if len(tasks) > 1:
@@ -177,8 +214,92 @@ def collect(record: SweepRecord, spec: TableSpec, allow_mixed: bool = False) -> 
         is_papers = set(tasks) == set(spec.columns) - {"mean"}
         columns["mean"] = mean if is_papers else Named(mean.label)
     papers = {n: c for n, c in spec.columns.items() if c.paper and columns.get(n) != c}
-    all_rows = [*rows.values(), *_unavailable(spec, rows.values())]
-    return TableData(spec, record, all_rows, columns, spec.more, papers, problems)
+    more = dict(spec.more)
+    if not record.is_grid:
+        more |= {n: Named(n) for n in record.trial_values if n != "score" and n not in more}
+    all_rows = [*ordered, *_unavailable(spec, rows.values())]
+    return TableData(spec, record, all_rows, common, list(without), columns, more, papers, problems)
+
+
+def _without(record: SweepRecord, without: Sequence[str]) -> list[Cell]:
+    """The cells that are wanted."""
+    # A search goes on without the trials that failed; of a grid every cell is wanted.
+    cells = [cell for cell in record.cells if record.is_grid or cell.error is None]
+    for given in without:
+        name, _, value = given.partition("=")
+        left = [cell for cell in cells if cell.values.get(name) != value]
+        if not left or len(left) == len(cells):
+            known = sorted({f"{n}={v}" for cell in record.cells for n, v in cell.values.items()})
+            which = "no cell" if left else "every cell"
+            raise ExperimentError(
+                f"--without {given}: {which} of {record.name} has it; it varies {', '.join(known)}"
+            )
+        cells = left
+    return cells
+
+
+def _refusal(record: SweepRecord, problems: list[str], to_run: list[dict[str, str]]) -> str:
+    lines = [f"no table of {record.name}:", *(f"  {problem}" for problem in problems)]
+    if to_run and record.is_grid:
+        lines.append(f"what is missing is computed by: {_command(record, to_run)}")
+    lines.append(
+        "with rerun=true a sweep computes finished cells again, and the new ones replace the old;"
+        " --without SETTING=VALUE leaves cells out; --allow-mixed prints the table all the same,"
+        " and says so in it"
+    )
+    return "\n".join(lines)
+
+
+def _command(record: SweepRecord, cells: list[dict[str, str]]) -> str:
+    """That of the sweep's last call, for these cells."""
+    words = record.commands[-1] if record.commands else ["run.py", "-m", f"sweeps={record.sweep}"]
+    words = [word for word in words if word.split("=")[0] not in cells[0]]
+    for name in cells[0]:
+        values = dict.fromkeys(cell[name] for cell in cells)
+        words.append(f"{name}=choice({','.join(values)})")
+    return shlex.join(["python", *words])
+
+
+def _share_speeds(results: list[Result]) -> None:
+    """Gives students of one shape one speedup, the mean of their measurements."""
+    by_shape: dict[str, list[Result]] = {}
+    for result in results:
+        if result.speedup is not None:
+            shape = f"{result.baseline} {result.parameters.get('student')}"
+            by_shape.setdefault(shape, []).append(result)
+    for alike in by_shape.values():
+        mean = statistics.fmean(r.speedup for r in alike if r.speedup is not None)
+        for result in alike:
+            result.speedup = mean
+
+
+def _name(spec: TableSpec, rows: list[Row]) -> list[str]:
+    """Labels the rows by what tells them apart; gives the names of what they have in common."""
+    for row in rows:
+        row.parts = spec.parts(row.values, _teacher_layers(row))
+    axes = list(rows[0].values) if rows else []
+    differing = [i for i, axis in enumerate(axes) if len({row.values[axis] for row in rows}) > 1]
+    shown = differing or range(len(axes))
+    for row in rows:
+        row.label = ", ".join(row.parts[i].label for i in shown if row.parts[i].label)
+    return [rows[0].parts[i].label for i in range(len(axes)) if i not in shown]
+
+
+def _ranked(record: SweepRecord, rows: list[Row]) -> list[Row]:
+    """The trials of a search: those on the front are marked, the best first."""
+    signs = [1 if direction == "maximize" else -1 for direction in record.directions]
+    points: list[list[float]] = []
+    known = []
+    for row in rows:
+        values = [r.trial_value(name) for r in row.results.values() for name in record.trial_values]
+        if values and None not in values:
+            known.append(row)
+            points.append([sign * value for sign, value in zip(signs, values) if value is not None])
+    for row, is_best in zip(known, on_front(points)):
+        row.is_best = is_best
+    order = {id(row): point for row, point in zip(known, points)}
+    known.sort(key=lambda row: order[id(row)], reverse=True)
+    return known + [row for row in rows if id(row) not in order]
 
 
 def _value(result: Result, column: str) -> float | None:
@@ -189,30 +310,24 @@ def _value(result: Result, column: str) -> float | None:
     return result.scores.get(column)
 
 
-def _problem(cell: Cell) -> str | None:
+def _problem(cell: Cell, runs: Runs) -> str | None:
     """Why the cell cannot stand in a table."""
     if cell.error is not None:
         return f"failed: {cell.error}"
-    if cell.folder is None:
+    if cell.run_key is None:
         return "has not been run to its end"
-    result, name = read_result(Path(cell.folder)), Path(cell.folder).name
+    if not runs.of(cell):
+        return (
+            f"its result is gone or damaged: no result.json in {runs.folder} has the key"
+            f" {cell.run_key[:10]}"
+        )
+    result = runs.result(cell)
     if result is None:
-        return f"its result is gone or damaged (result.json of {name})"
-    if result.run_key != cell.run_key:
-        return f"another run lies in {name}"
-    if result.status != "FINISHED":
-        return f"its run {name} is {result.status}"
+        states = " and ".join(f"{Path(r.folder).name} is {r.status}" for r in runs.of(cell))
+        return f"its run {states}"
     if not result.scores:
-        return f"its run {name} has no score"
+        return f"its run {Path(result.folder).name} has no score"
     return None
-
-
-def _duplicates(cell: Cell, result: Result) -> Iterable[str]:
-    folder = Path(result.folder)
-    for other in sorted(folder.parent.glob(f"*-{result.run_key[:10]}*/")):
-        if other != folder and (twin := read_result(other)) is not None:
-            if twin.status == "FINISHED" and twin.run_key == result.run_key:
-                yield f"{cell.name}: is there twice, remove {folder.name} or {other.name}"
 
 
 def _mixed(found: list[tuple[Cell, Result]], axes: list[str]) -> Iterable[str]:
@@ -221,12 +336,15 @@ def _mixed(found: list[tuple[Cell, Result]], axes: list[str]) -> Iterable[str]:
         if result.run_key in first:
             yield f"{first[result.run_key].name} and {cell.name} are the same run"
         first[result.run_key] = cell
-        folder = Path(result.folder).name
-        if result.made_by.get("git_dirty") != "false":
-            yield f"{cell.name}: made by a tree with uncommitted changes ({folder})"
         if result.made_by.get("results_version") != str(RESULTS_VERSION):
             version = result.made_by.get("results_version", "unknown")
             yield f"{cell.name}: results version {version}, this program's is {RESULTS_VERSION}"
+    dirty = [cell.name for cell, result in found if result.made_by.get("git_dirty") != "false"]
+    if dirty:
+        yield (
+            f"made by a tree with uncommitted changes: {'; '.join(dirty)}. Commit the changes, then"
+            " run the sweep with rerun=true"
+        )
     for name in ("precision", "device"):
         values = {result.made_by.get(name, "unknown") for _, result in found}
         if len(values) > 1:
@@ -241,9 +359,9 @@ def _mixed(found: list[tuple[Cell, Result]], axes: list[str]) -> Iterable[str]:
             yield f"cells with another content of {name.removeprefix('input.')}: {shown}"
 
 
-def _axes(record: SweepRecord, spec: TableSpec) -> list[str]:
+def _axes(cells: list[Cell], spec: TableSpec) -> list[str]:
     """What is varied, in the order of the spec."""
-    varied = list(dict.fromkeys(name for cell in record.cells for name in cell.values))
+    varied = list(dict.fromkeys(name for cell in cells for name in cell.values))
     varied = [name for name in varied if name != "seed"]
     return [a for a in spec.axes if a in varied] + [a for a in varied if a not in spec.axes]
 
@@ -268,4 +386,6 @@ def _unavailable(spec: TableSpec, rows: Iterable[Row]) -> Iterable[Row]:
     there = [row.values for row in rows]
     for values, reason in spec.unavailable:
         if not any(values.items() <= row.items() for row in there):
-            yield Row(values, spec.parts(values, 1), {}, reason)
+            parts = spec.parts(values, 1)
+            label = ", ".join(part.label for part in parts if part.label)
+            yield Row(values, label, parts, unavailable=reason)

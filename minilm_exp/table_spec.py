@@ -70,7 +70,8 @@ class Figure:
     """What is drawn of a sweep.
 
     Attributes:
-        kind: line (score against a setting), pareto (score against speedup) or loss (curves).
+        kind: line (score against a setting), pareto (score against speedup), loss (curves) or
+            search (score against what else is searched for, or trial by trial).
         axis: Of a line, the setting.
         label: Of that axis.
     """

@@ -20,7 +20,15 @@ from rich.table import Table as RichTable
 from minilm_exp.errors import ExperimentError
 from minilm_exp.paper import paper_table
 from minilm_exp.resolvers import REPOSITORY
-from minilm_exp.table_data import SIGNIFICANCE, Measured, Row, TableData, collect, newest_record
+from minilm_exp.sweep_record import Runs
+from minilm_exp.table_data import (
+    SIGNIFICANCE,
+    Measured,
+    Row,
+    TableData,
+    collect,
+    find_records,
+)
 from minilm_exp.table_spec import Named, read_spec
 from minilm_exp.tracking import open_tracker
 
@@ -44,10 +52,13 @@ def headings(data: TableData) -> list[str]:
 
 
 def entries(data: TableData) -> list[list[Text]]:
-    """The rows: mean ± standard deviation, and in brackets the difference to the first row."""
+    """The rows: mean ± standard deviation, and in brackets the difference to the first row.
+
+    Of a search without differences, and with a star where nothing beats the trial.
+    """
     rows = []
     for row in data.rows:
-        texts = [Text(row.label), Text(str(len(row.results)))]
+        texts = [Text(f"{row.label} *" if row.is_best else row.label), Text(str(len(row.results)))]
         for name, column in [*data.columns.items(), *data.more.items()]:
             texts.append(_measured(data, row, name))
             if _in_paper(data, column):
@@ -60,19 +71,32 @@ def entries(data: TableData) -> list[list[Text]]:
 def footer(data: TableData) -> list[str]:
     """What the numbers are, and where they come from."""
     results = data.results
-    seeds = sorted({cell.values["seed"] for cell in data.record.cells}, key=int)
     made = [result.made_by for result in results]
 
     def all_of(name: str) -> str:
         return ", ".join(sorted({by.get(name, "unknown") for by in made})) or "unknown"
 
     hours = sum(result.elapsed_seconds or 0 for result in results) / 3600
-    lines = [
-        "Scores x 100: mean ± standard deviation over seeds"
-        f" {', '.join(seeds)}, of which a row has n; in brackets the difference to the first row,"
-        f" bold where Welch's t-test over the seeds gives p < {SIGNIFICANCE:g} (two-sided, not"
-        " corrected for the number of rows).",
-    ]
+    lines = [_meaning(data)]
+    if not data.record.is_grid:
+        directions = map(" ".join, zip(data.record.directions, data.record.trial_values))
+        lines.append(
+            f"A search ({', '.join(directions)}), the best trials first; *: no other trial is as"
+            " good in all that is searched for and better in one. The best of many trials is the"
+            " luckiest too: score it again with other seeds."
+        )
+        failed = sum(cell.error is not None for cell in data.record.cells)
+        lines += [f"{failed} trials failed and are left out."] * bool(failed)
+    if data.common:
+        lines.append(f"In all rows: {', '.join(data.common)}.")
+    if data.without:
+        lines.append(f"Left out (--without): {', '.join(data.without)}.")
+    if "speedup" in data.more and any(result.speedup is not None for result in results):
+        baselines = sorted({str(result.baseline) for result in results})
+        lines.append(
+            f"Speedup over {', '.join(baselines)}: the mean of all measurements of students of one"
+            " shape."
+        )
     shown = [*data.columns.values(), *data.more.values(), *data.papers.values()]
     places = [data.spec.paper_value(row.parts, c)[1] for c in shown for row in data.rows]
     tables = dict.fromkeys(table for table in places if table is not None)
@@ -85,7 +109,7 @@ def footer(data: TableData) -> list[str]:
     lines += [
         *(f"Command: {shlex.join(['python', *words])}" for words in data.record.commands),
         f"Runs: {data.record.name}, {len(results)} of {len(data.record.cells)} cells,"
-        f" {hours:.2f} hours, precision {all_of('precision')}, on {all_of('device')}.",
+        f" {_hours(hours)}, precision {all_of('precision')}, on {all_of('device')}.",
         f"Commit: {all_of('git_commit')}; results version {all_of('results_version')}.",
     ]
     if any(not result.meaningful for result in results):
@@ -97,6 +121,28 @@ def footer(data: TableData) -> list[str]:
         lines.append("MIXED OR INCOMPLETE, printed all the same (--allow-mixed):")
         lines += [f"- {problem}" for problem in data.problems]
     return lines
+
+
+def _meaning(data: TableData) -> str:
+    """Of the numbers."""
+    seeds = sorted({seed for row in data.rows for seed in row.results}, key=int)
+    text = f"Scores × 100, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
+    has_spread = any(len(row.results) > 1 for row in data.rows)
+    if has_spread:
+        text += ": mean ± standard deviation over the n seeds of a row"
+    if not data.is_compared:
+        return f"{text}."
+    text += "; in brackets the difference to the first row"
+    if not has_spread:
+        return f"{text}. One seed has no spread: a difference may be chance."
+    return (
+        f"{text}, bold where Welch's t-test over the seeds gives p < {SIGNIFICANCE:g} (two-sided,"
+        " not corrected for the number of rows)."
+    )
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.2f} hours" if hours >= 0.1 else f"{60 * hours:.1f} minutes"
 
 
 def markdown(data: TableData) -> str:
@@ -126,16 +172,17 @@ def latex(data: TableData) -> str:
     ]
     for row in entries(data):
         texts = [
-            _escape(t.plain) + (rf" \textbf{{{_escape(t.bold)}}}" if t.bold else "") for t in row
+            _number(t.plain) + (rf" \textbf{{{_number(t.bold)}}}" if t.bold else "") for t in row
         ]
         lines.append(" & ".join(texts) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}", "", r"\footnotesize"]
+    lines += [r"\bottomrule", r"\end{tabular}", "", r"\parbox{\linewidth}{\footnotesize"]
     lines += [_escape(text) + r"\par" for text in footer(data)]
+    lines.append("}")
     return "\n".join([*lines, r"\end{table}"]) + "\n"
 
 
 def comma_separated(data: TableData) -> str:
-    """One line a cell, with all digits and the value of each seed."""
+    """One line a cell, with all digits and the value of each seed; scores × 100, as papers have."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     axes = list(dict.fromkeys(axis for row in data.rows for axis in row.values))
@@ -145,18 +192,19 @@ def comma_separated(data: TableData) -> str:
         for name, column in [*data.columns.items(), *data.more.items(), *data.papers.items()]:
             measured, first = row.measured(name), data.rows[0].measured(name)
             paper, table = data.spec.paper_value(row.parts, column)
-            known = measured is not None and first is not None
+            known = measured is not None and first is not None and data.is_compared
+            scale = 1 if name in data.more else 100
             writer.writerow(
                 [
                     row.label,
                     *(row.values.get(axis, "") for axis in axes),
                     name,
-                    measured.mean if measured else "",
-                    measured.spread if measured and measured.spread is not None else "",
+                    _digits(scale, measured.mean if measured else None),
+                    _digits(scale, measured.spread if measured else None),
                     len(measured.values) if measured else 0,
-                    measured.mean - first.mean if known else "",  # type: ignore[union-attr]
+                    _digits(scale, measured.mean - first.mean if known else None),  # type: ignore
                     str(measured.differs_from(first)).lower() if known else "",  # type: ignore
-                    " ".join(map(str, measured.values)) if measured else "",
+                    " ".join(_digits(scale, v) for v in measured.values) if measured else "",
                     "" if paper is None else paper,
                     table or "",
                     row.unavailable or "",
@@ -198,7 +246,7 @@ def _measured(data: TableData, row: Row, name: str) -> Text:
     if measured.spread is not None:
         text += f" ± {100 * measured.spread:.1f}"
     first = data.rows[0].measured(name)
-    if row is data.rows[0] or first is None:
+    if row is data.rows[0] or first is None or not data.is_compared:
         return Text(text)
     return _with_difference(text, measured, first)
 
@@ -208,6 +256,10 @@ def _with_difference(text: str, measured: Measured, first: Measured) -> Text:
     if measured.differs_from(first):
         return Text(text, difference)
     return Text(f"{text} {difference}")
+
+
+def _digits(scale: int, value: float | None) -> str:
+    return "" if value is None else f"{scale * value:.10g}"
 
 
 def _size(name: str, value: float) -> str:
@@ -238,6 +290,11 @@ def _escape(text: str) -> str:
     return "".join(_LATEX.get(sign, sign) for sign in text)
 
 
+def _number(text: str) -> str:
+    """With the sign of a difference as a minus, not a hyphen."""
+    return _escape(text).replace("(-", "($-$")
+
+
 _LATEX = {sign: f"\\{sign}" for sign in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -263,11 +320,22 @@ def command_line(
     parser.add_argument(
         "--tracking-uri", help="of MLflow, where it has a password, which is not kept"
     )
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE",
+        help="leaves these cells out, and says so; may be given again",
+    )
     given = parser.parse_args(arguments)
     try:
-        record = newest_record(given.outputs.absolute(), given.name)
+        runs = Runs(given.outputs.absolute())
+        record, *others = find_records(given.outputs.absolute(), given.name, runs)
+        if others:
+            names = ", ".join(f"{r.name} ({runs.count(r.cells)})" for r in others)
+            print(f"of {record.name}; there are also {names}")
         spec = read_spec(given.spec or REPOSITORY / "sweeps" / f"{record.sweep}.table")
-        return given, collect(record, spec, given.allow_mixed)
+        return given, collect(record, spec, runs, given.allow_mixed, given.without)
     except ExperimentError as error:
         sys.exit(f"error: {error}")
 
@@ -285,14 +353,15 @@ def log_files(data: TableData, uri: str | None, files: list[Path], folder: str) 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     given, data = command_line("minilm_exp.tables", __doc__, arguments)
-    print_table(data)
     folder = Path(given.outputs) / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for ending, write in FORMATS.items():
         files.append(folder / f"{given.name}.{ending}")
         files[-1].write_text(write(data), encoding="utf-8")
-        print(f"written: {files[-1]}")
+    print_table(data)
+    for file in files:
+        print(f"written: {file}")
     log_files(data, given.tracking_uri or data.record.uri, files, "tables")
 
 

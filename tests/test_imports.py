@@ -22,7 +22,7 @@ ORDER = [
     "tasks.metrics", "tasks.encode", "tasks.finetune", "tasks.similarity", "speed", "result",
     "claims", "run_folder", "export", "plots", "tracking", "stages", "task_stages",
     "downstream", "pipeline", "summary", "estimate", "sweep_record", "sweep_summary", "sweeping",
-    "paper", "table_spec", "table_data", "tables", "figures",
+    "pareto", "paper", "table_spec", "table_data", "tables", "figures",
 ]  # fmt: skip
 
 

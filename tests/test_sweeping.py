@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -23,7 +24,7 @@ from minilm_exp.provenance import run_key
 from minilm_exp.resolvers import register_resolvers
 from minilm_exp.settings import init_layers
 from minilm_exp.studies import SharedStorage
-from minilm_exp.sweep_record import open_record, read_record
+from minilm_exp.sweep_record import Runs, open_record, read_record
 from minilm_exp.sweeping import _cells, _grid, _space
 
 # Cells of each sweep with the embedded teacher; a search has none.
@@ -125,6 +126,11 @@ def record_of(outputs):
     return read_record(file)
 
 
+def all_finished(outputs):
+    runs = Runs(outputs)
+    return all(len(runs.standing(cell)) == 1 for cell in record_of(outputs).cells)
+
+
 def trials_of(outputs, storage=None):
     storage = SharedStorage(storage or f"sqlite:///{outputs}/optuna.db")
     names = [summary.study_name for summary in optuna.get_all_study_summaries(storage)]
@@ -165,7 +171,7 @@ def test_sweep_is_recorded(swept):
         {"seed": "1", "relations": "kk"},
         {"seed": "1", "relations": "vv"},
     ]
-    assert all(cell.is_finished for cell in record.cells)
+    assert all_finished(outputs)
     client = client_of(outputs)
     parent = client.get_run(record.run_id)
     assert parent.info.status == "FINISHED" and parent.data.tags["sweep"] == "relation_set"
@@ -200,37 +206,28 @@ def test_repeating_and_adding_computes_what_is_new(swept, copied):
 
 @pytest.fixture
 def copied(tmp_path):
-    """A copy at another place; the record names the folders of the old one."""
-    import shutil
+    """A copy at another place."""
 
     def made(outputs):
-        copy = tmp_path / "outputs"
-        shutil.copytree(outputs, copy)
-        for file in (copy / "sweeps").glob("*.json"):
-            file.write_text(file.read_text().replace(str(outputs), str(copy)))
-        return copy
+        return Path(shutil.copytree(outputs, tmp_path / "outputs"))
 
     return made
 
 
 @pytest.mark.integration
 def test_rerun_computes_all_again(swept, copied):
-    """rerun=true that does nothing because all is finished."""
+    """rerun=true that does nothing because all is finished, or leaves two results of a cell."""
     outputs = copied(swept[0])
+    before = {Runs(outputs).result(cell).run_id for cell in record_of(outputs).cells}
     done = run(outputs, *TWO, "rerun=true")
     assert done.status == 0, done.both
-    assert len(list(outputs.glob("runs/*/result.json"))) == 4
-
-
-@pytest.mark.integration
-def test_slip_is_named_and_forgotten(swept, copied):
-    """A value with a slip that ends the sweep, or that no later table gets rid of."""
-    outputs = copied(swept[0])
-    done = run(outputs, *SWEEP, "relations=choice(kk,vvv)")
-    assert done.status != 0 and "will fail" in done.stdout
-    assert "failed: seed=1 relations=vvv" in done.stdout
-    assert run(outputs, *TWO).status == 0
-    assert [cell.values["relations"] for cell in record_of(outputs).cells] == ["kk", "vv"]
+    assert "from what the finished ones took" in done.stdout
+    assert len(list(outputs.glob("runs/*/result.json"))) == 4 and all_finished(outputs)
+    after = {Runs(outputs).result(cell).run_id for cell in record_of(outputs).cells}
+    assert len(after | before) == 4
+    # What comes later takes the new ones.
+    done = run(outputs, *TWO)
+    assert "nothing to do" in done.stdout and all_finished(outputs)
 
 
 @pytest.mark.integration
@@ -249,14 +246,12 @@ def test_passwords_are_not_kept(tmp_path):
 @pytest.mark.integration
 def test_removed_run_is_computed_again(swept, copied):
     """A cell whose trial is complete and whose run is gone, taken for finished."""
-    import shutil
-
     outputs = copied(swept[0])
-    gone = record_of(outputs).cells[0]
+    gone = Runs(outputs).result(record_of(outputs).cells[0])
     shutil.rmtree(gone.folder)
     done = run(outputs, *TWO)
     assert done.status == 0, done.both
-    assert all(cell.is_finished for cell in record_of(outputs).cells)
+    assert all_finished(outputs)
 
 
 @pytest.mark.integration
@@ -273,7 +268,8 @@ def test_sweep_goes_on_after_a_failure(tmp_path):
     assert state == TrialState.FAIL and "num_relation_heads=5" in attributes["error"]
     assert states[4][0] == TrialState.COMPLETE
     record = record_of(outputs)
-    assert "num_relation_heads=5" in record.cells[0].error and record.cells[1].is_finished
+    assert "num_relation_heads=5" in record.cells[0].error
+    assert Runs(outputs).standing(record.cells[1])
     assert "will fail" in done.stdout and "1 of 2 cells are finished" in done.stdout
     assert "failed: seed=1 relation_set.num_relation_heads=5" in done.stdout
     assert client_of(outputs).get_run(record.run_id).info.status == "FAILED"
@@ -282,6 +278,11 @@ def test_sweep_goes_on_after_a_failure(tmp_path):
     assert len(below) == 2 and failed.info.status == "FAILED"
     assert "num_relation_heads=5" in failed.data.tags["error"]
     assert failed.data.params["relation_set.num_relation_heads"] == "5"
+    # What failed and is no longer asked for is forgotten.
+    heads = "relation_set.num_relation_heads=choice(2,4)"
+    assert run(outputs, *SWEEP, "relations=kk", heads).status == 0
+    asked = [cell.values["relation_set.num_relation_heads"] for cell in record_of(outputs).cells]
+    assert asked == ["2", "4"] and all_finished(outputs)
 
 
 @pytest.mark.integration
@@ -297,13 +298,15 @@ def test_killed_sweep_is_finished_by_the_same_call(tmp_path, studies):
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    assert not all(cell.is_finished for cell in record_of(outputs).cells)
-    finished = {c.run_key: c.result.run_id for c in record_of(outputs).cells if c.is_finished}
+    assert not all_finished(outputs)
+    runs, cells = Runs(outputs), record_of(outputs).cells
+    finished = {cell.run_key: r.run_id for cell in cells if (r := runs.result(cell)) is not None}
     done = run(outputs, *given)
     assert done.status == 0, done.both
     record = record_of(outputs)
-    assert all(cell.is_finished for cell in record.cells) and len(record.cells) == 3
-    assert finished.items() <= {c.run_key: c.result.run_id for c in record.cells}.items()
+    assert all_finished(outputs) and len(record.cells) == 3
+    runs = Runs(outputs)
+    assert finished.items() <= {c.run_key: runs.result(c).run_id for c in record.cells}.items()
     assert Counter(t.state for t in trials_of(outputs, studies))[TrialState.RUNNING] == 0
     statuses = Counter(run.info.status for run in runs_below(outputs, record.run_id))
     assert statuses["RUNNING"] == 0 and statuses["FINISHED"] == 3
@@ -318,7 +321,7 @@ def test_two_processes_share_the_cells(tmp_path, studies):
     texts = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], texts
     record = record_of(outputs)
-    assert all(cell.is_finished for cell in record.cells) and len(record.cells) == 3
+    assert all_finished(outputs) and len(record.cells) == 3
     assert len(runs_below(outputs, record.run_id)) == 3
     first_time = [t for t in trials_of(outputs, studies) if "repeats" not in t.user_attrs]
     assert len(first_time) == 3
@@ -352,7 +355,7 @@ def test_two_seeds_in_two_terminals(tmp_path):
     texts = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], texts
     record = record_of(outputs)
-    assert len(record.cells) == 4 and all(cell.is_finished for cell in record.cells)
+    assert len(record.cells) == 4 and all_finished(outputs)
 
 
 def take_trials(url, taken):
@@ -392,7 +395,8 @@ def test_jobs_in_processes_of_their_own(tmp_path):
     text = process.communicate(timeout=300)[0]
     assert process.returncode != 0 and "1 of the runs failed" in text, text
     record = record_of(outputs)
-    assert "num_relation_heads=5" in record.cells[0].error and record.cells[1].is_finished
+    assert "num_relation_heads=5" in record.cells[0].error
+    assert Runs(outputs).standing(record.cells[1])
     ids = {trial.user_attrs["mlflow_run_id"] for trial in trials_of(outputs)}
     assert len(ids) == 2
 
@@ -416,6 +420,10 @@ def test_search(tmp_path):
         params["training.learning_rate"] for params in first
     ]
     assert run(outputs, *given, "num_trials=3").status == 0 and len(trials_of(outputs)) == 3
+    record = record_of(outputs)
+    assert (record.num_trials, record.num_complete) == (3, 3)
+    assert record.trial_values == ["score", "parameters"]
+    assert record.directions == ["maximize", "minimize"]
 
 
 @pytest.mark.integration
@@ -436,13 +444,38 @@ def test_search(tmp_path):
             ["-m", "sweeps=search", "trial_values=[score,parameters]"],
             ["trial_values", "hydra.sweeper.direction"],
         ),
+        (["-m", "sweeps=search", "num_trials=0"], ["num_trials=0", "at least 1"]),
+        (
+            ["-m", "sweeps=relation_set", "relations=choice(kk,vvv)"],
+            ["nothing was started", "relations=vvv", "kk_vv"],
+        ),
+        (
+            ["-m", "sweeps=search", "relations=choice(kk,vvv)"],
+            ["nothing was started", "relations=vvv", "kk_vv"],
+        ),
+        (["-m", "sweeps=relation_set", "trainng.max_steps=1,2"], ["trainng"]),
+        (["-m", "sweeps=relation_set", "relations=choice(kk,kk)"], ["relations=kk", "twice"]),
+        (["-m", "sweeps=relation_set", "relations=choice()"], ["relations=choice()"]),
     ],
-    ids=["no -m", "misspelt", "unknown shape", "a range in a grid", "no direction"],
+    ids=[
+        "no -m",
+        "misspelt",
+        "unknown shape",
+        "a range in a grid",
+        "no direction",
+        "no trials",
+        "misspelt value",
+        "misspelt value of a search",
+        "misspelt setting",
+        "a value twice",
+        "no value",
+    ],
 )
 def test_sweep_that_cannot_begin(tmp_path, overrides, words):
     """Nothing said, or a traceback, or a run with the defaults."""
     done = run(tmp_path / "outputs", *overrides)
-    assert done.status != 0 and "Traceback" not in done.both
+    assert done.status != 0 and "Traceback" not in done.both and "unexpected" not in done.both
+    assert not list(tmp_path.rglob("sweeps/*.json"))
     for word in words:
         assert word in done.both
 

@@ -3,7 +3,6 @@
 import csv
 import io
 import itertools
-import json
 import re
 import shutil
 import statistics
@@ -14,13 +13,14 @@ from conftest import REPOSITORY
 from scipy import stats
 
 from minilm_exp.errors import ExperimentError
-from minilm_exp.figures import draw, pareto_front
+from minilm_exp.figures import draw
 from minilm_exp.figures import main as figures_main
 from minilm_exp.paper import paper_tables, paper_value
+from minilm_exp.pareto import on_front
 from minilm_exp.provenance import RESULTS_VERSION
 from minilm_exp.result import Result
-from minilm_exp.sweep_record import open_record
-from minilm_exp.table_data import Measured, collect, newest_record
+from minilm_exp.sweep_record import Runs, open_record
+from minilm_exp.table_data import Measured, collect, find_records
 from minilm_exp.table_spec import read_spec
 from minilm_exp.tables import comma_separated, entries, footer, headings, latex, main, markdown
 
@@ -44,25 +44,27 @@ class Outputs:
         self.name = f"{sweep}-1"
 
     def add(self, values, scores, **changes):
-        key = f"{len(list(self.root.glob('runs/*'))):010d}"
+        key = f"{len(list(self.root.glob('runs/*'))):010d}{'a' * 54}"
         folder = self.root / "runs" / f"run-{key}"
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(f"teacher: {{num_layers: {self.layers}}}")
         made_by = MADE_BY | changes.pop("made_by", {})
         given = {"status": "FINISHED", "meaningful": True, "scores": scores, "speedup": 2.0}
         given |= {"parameters": {"student": {"transformer": 5_300_000}}, "elapsed_seconds": 360.0}
-        result = Result(run_id="r", run_key=key, folder=str(folder), **(given | changes))
+        result = Result(run_id=f"r{key}", run_key=key, folder=str(folder), **(given | changes))
         result.made_by = made_by
         result.write()
         with open_record(self.root, self.sweep, self.name) as record:
             record.commands = [["run.py", "-m", f"sweeps={self.sweep}"]]
             cell = record.cell({"seed": "1"} | values)
-            cell.folder, cell.run_key = str(folder), key
+            cell.run_key = key
         return result
 
-    def table(self, allow_mixed=False):
+    def table(self, allow_mixed=False, without=()):
         spec = read_spec(REPOSITORY / "sweeps" / f"{self.sweep}.table")
-        return collect(newest_record(self.root, self.sweep), spec, allow_mixed)
+        runs = Runs(self.root)
+        record = find_records(self.root, self.sweep, runs)[0]
+        return collect(record, spec, runs, allow_mixed, without)
 
 
 @pytest.fixture
@@ -130,12 +132,14 @@ def test_single_seed_has_no_spread(tmp_path):
     made.add({"relations": "qq_kk_vv"}, {"mnli": 0.5})
     made.add({"relations": "kk_vv"}, {"mnli": 0.9})
     assert texts(made.table())[1][1:3] == ["1", "90.0 (+40.0)"]
+    text = footer(made.table())[0]
+    assert "One seed has no spread" in text and "±" not in text and "Welch" not in text
 
 
 def test_footer(outputs):
     """A table whose origin nobody can find again."""
     text = "\n".join(footer(outputs.table()))
-    for part in ("seeds 1, 2, 3, of which a row has n", "Welch",
+    for part in ("seeds 1, 2, 3: mean ± standard deviation", "Welch",
                  "Command: python run.py -m sweeps=relation_set",
                  "9 of 9 cells", "0.90 hours", "precision bf16", "a processor", "c0ffee",
                  "MiniLMv2 Table 7", "other settings"):  # fmt: skip
@@ -152,14 +156,14 @@ def test_formats_say_the_same(outputs):
     assert len(lines) == 2 + 3 and "**(-10.0)**" in lines[3]
     assert {line.count("|") for line in lines} == {10}
     text = latex(data)
-    assert text.count(r"\\") == 4 and r"\textbf{(-10.0)}" in text and r"$\pm$" in text
+    assert text.count(r"\\") == 4 and r"\textbf{($-$10.0)}" in text and r"$\pm$" in text
     assert not re.search(r"(?<!\\)[%#_&](?! )", text.replace("&", "& "))
     rows = list(csv.DictReader(io.StringIO(comma_separated(data))))
     row = next(r for r in rows if r["relations"] == "kk_vv" and r["column"] == "mnli")
-    assert float(row["mean"]) == pytest.approx(0.71) and row["n"] == "3"
-    assert float(row["std"]) == pytest.approx(statistics.stdev(SCORES["kk_vv"]))
+    assert float(row["mean"]) == 71 and row["n"] == "3"
+    assert float(row["std"]) == pytest.approx(100 * statistics.stdev(SCORES["kk_vv"]))
     assert (row["paper"], row["paper_table"]) == ("81.9", "MiniLMv2 Table 7")
-    assert row["values"] == "0.7 0.71 0.72" and row["differs"] == "true"
+    assert row["values"] == "70 71 72" and row["differs"] == "true"
 
 
 # What it refuses
@@ -204,10 +208,7 @@ def change_precision(outputs, result):
 
 
 def double(outputs, result):
-    twin = Path(f"{result.folder}-2")
-    shutil.copytree(result.folder, twin)
-    stored = json.loads((twin / "result.json").read_text())
-    (twin / "result.json").write_text(json.dumps(stored | {"folder": str(twin)}))
+    shutil.copytree(result.folder, outputs.root / "runs" / "a copy")
 
 
 def fail(outputs, result):
@@ -217,7 +218,7 @@ def fail(outputs, result):
 
 def never_run(outputs, result):
     with open_record(outputs.root, outputs.sweep, outputs.name) as record:
-        record.cells[-1].folder = record.cells[-1].run_key = None
+        record.cells[-1].run_key = None
 
 
 def leave_out_seed(outputs, result):
@@ -231,7 +232,7 @@ def leave_out_seed(outputs, result):
         (damage, "its result is gone or damaged"),
         (remove, "its result is gone or damaged"),
         (leave_unfinished, "is RUNNING"),
-        (take_another, "another run lies in"),
+        (take_another, "its result is gone or damaged"),
         (change_tree, "uncommitted changes"),
         (age, f"results version 1, this program's is {RESULTS_VERSION}"),
         (change_precision, "several kinds of precision: bf16, fp32"),
@@ -255,7 +256,7 @@ def test_refuses_and_names(outputs, spoil, words, capsys):
     assert words in message and "--allow-mixed" in message
     if spoil not in (change_precision, change_data):
         named = "Q-K + V-V" if spoil is leave_out_seed else "seed=2 relations=qk_vv"
-        assert named in message and message.count("\n  ") == 1
+        assert named in message and message.count("\n  ") == 1, message
     text = markdown(outputs.table(allow_mixed=True))
     assert "MIXED OR INCOMPLETE" in text and words in text
     with pytest.raises(SystemExit, match="no table of relation_set-1"):
@@ -263,12 +264,92 @@ def test_refuses_and_names(outputs, spoil, words, capsys):
     assert not (outputs.root / "tables").exists()
 
 
+def test_rerun_replaces_what_it_repeats(outputs):
+    """A dirty cell that no call gets rid of, or two results of one run taken for one."""
+    cell = {"relations": "qk_vv", "seed": "1"}
+    changed = {"git_dirty": "true"}
+    for seed in "123":
+        made_by = changed if seed == "1" else {}
+        last = outputs.add(cell | {"seed": seed}, {"mnli": 0.1, "qnli": 0.1}, made_by=made_by)
+    with pytest.raises(ExperimentError, match=r"seed=1 relations=qk_vv\. Commit the changes"):
+        outputs.table()
+    old = next(r for r in outputs.table(True).results if r.made_by["git_dirty"] == "true")
+    again = Path(f"{old.folder}-2")
+    shutil.copytree(old.folder, again)
+    new = Result(**(vars(old) | {"folder": str(again), "run_id": "new", "replaces": [old.run_id]}))
+    new.made_by, new.scores = MADE_BY, {"mnli": 0.9, "qnli": 0.1}
+    new.status = "RUNNING"
+    new.write()
+    with pytest.raises(ExperimentError, match="uncommitted"):
+        outputs.table()
+    new.status = "FINISHED"
+    new.write()
+    (row,) = (row for row in outputs.table().rows if row.values["relations"] == "qk_vv")
+    assert row.measured("mnli").values == [0.9, 0.1, 0.1] and last.status == "FINISHED"
+
+
+def test_outputs_may_be_moved(outputs):
+    """Cells that are looked for where they were, or are read there from another folder."""
+    before = markdown(outputs.table())
+    moved = outputs.root.with_name("moved")
+    outputs.root.rename(moved)
+    for folder in moved.glob("runs/*"):
+        folder.rename(folder.with_name(f"renamed-{folder.name}"))
+    outputs.root = moved
+    assert markdown(outputs.table()) == before
+
+
+def test_missing_cells_are_told_how_to_compute(outputs):
+    """A row of seeds 1 and 2 where seed 3 is asked for by a call without the row."""
+    for seed in "12":
+        outputs.add({"relations": "vv", "seed": seed}, {"mnli": 0.5, "qnli": 0.5})
+    with open_record(outputs.root, outputs.sweep, outputs.name) as record:
+        record.commands.append(["run.py", "-m", "sweeps=relation_set", "x=1", "seed=1,2,3"])
+    with pytest.raises(ExperimentError) as caught:
+        outputs.table()
+    assert (
+        "python run.py -m sweeps=relation_set x=1 'seed=choice(3)' 'relations=choice(vv)'"
+        in str(caught.value)
+    )
+    data = outputs.table(without=["relations=vv"])
+    assert len(data.rows) == 3 and "Left out (--without): relations=vv" in markdown(data)
+    data = outputs.table(without=["seed=3"])
+    assert {len(row.results) for row in data.rows} == {2}
+    for wrong, words in (("relations=kkk", "no cell"), ("n", "no cell")):
+        with pytest.raises(ExperimentError, match=f"--without {wrong}: {words}"):
+            outputs.table(without=[wrong])
+
+
+def test_failed_call_does_not_hide_the_finished_ones(outputs, capsys):
+    """The record of a sweep in which nothing worked, because it is the newest."""
+    with open_record(outputs.root, outputs.sweep, "relation_set-2") as record:
+        record.cell({"seed": "1", "relations": "kk"}).error = "a slip"
+    main(["relation_set", "--outputs", str(outputs.root)])
+    printed = capsys.readouterr().out
+    assert "relation_set-1; there are also relation_set-2 (0 of 1 cells)" in printed
+
+
+def test_students_of_one_shape_have_one_speed(tmp_path):
+    """Noise of the clock as a trade of speed for score."""
+    made = Outputs(tmp_path, "student_size")
+    for layers, method, speed in (("3", "minilm", 2.0), ("3", "tinybert", 3.0), ("2", "minilm", 5)):
+        sizes = {"student": {"transformer": int(layers)}}
+        values = {"student.num_layers": layers, "method": method}
+        made.add(values, {"mnli": 0.5}, speedup=speed, parameters=sizes, baseline="bert_base")
+    data = made.table()
+    speeds = [row.measured("speedup").values for row in data.rows if row.results]
+    assert speeds == [[2.5], [2.5], [5]]
+    assert "Speedup over bert_base" in markdown(data)
+    (axes,) = draw(data).axes
+    assert axes.get_xlabel() == "speedup over bert_base" and "one seed" in axes.get_ylabel()
+
+
 def test_same_run_twice_is_named(outputs):
     """Two cells that are one run: a sweep over a setting that changes nothing."""
     with open_record(outputs.root, outputs.sweep, outputs.name) as record:
         for cell in record.cells[:3]:
             twin = record.cell(cell.values | {"relations": "vv"})
-            twin.folder, twin.run_key = cell.folder, cell.run_key
+            twin.run_key = cell.run_key
     with pytest.raises(ExperimentError, match="are the same run"):
         outputs.table()
 
@@ -276,7 +357,7 @@ def test_same_run_twice_is_named(outputs):
 def test_unknown_sweep_is_named(tmp_path):
     """A traceback for a name with a slip, or no word on what there is."""
     with pytest.raises(ExperimentError, match="has no sweep relation_sets"):
-        newest_record(tmp_path, "relation_sets")
+        find_records(tmp_path, "relation_sets", Runs(tmp_path))
 
 
 # Specs and the papers' numbers
@@ -287,7 +368,7 @@ def test_spec_is_of_a_sweep(file):
     """A table without its sweep, or one whose figure cannot be drawn."""
     assert file.with_suffix(".yaml").is_file()
     spec = read_spec(file)
-    assert spec.figure is not None and spec.figure.kind in ("line", "pareto", "loss")
+    assert spec.figure is not None and spec.figure.kind in ("line", "pareto", "loss", "search")
 
 
 def test_every_sweep_has_a_table():
@@ -353,15 +434,60 @@ def test_paper_is_left_out_where_more_is_varied(outputs):
     assert headings(made.table()) == ["", "n", "MNLI-m"]
 
 
-def test_failed_trials_of_a_search_are_left_out(tmp_path):
-    """One failure of a search, and no table ever."""
-    made = Outputs(tmp_path, "search")
-    for rate in ("0.00123456", "0.1"):
-        made.add({"relations": "kk", "training.learning_rate": rate}, {"mnli": 0.5})
+@pytest.fixture
+def searched(tmp_path):
+    """A search whose last trial failed."""
+    made = Outputs(tmp_path / "searched", "search")
+    for rate, score, parameters in (
+        ("0.1", 0.5, 3e6), ("0.00123456", 0.6, 3e6), ("0.2", 0.55, 1e6), ("0.3", 0.1, 2e6),
+        ("9", 0.7, 1e6),
+    ):  # fmt: skip
+        sizes = {"student": {"transformer": parameters}}
+        values = {"relations": "kk", "training.learning_rate": rate}
+        made.add(values, {"mnli": score}, parameters=sizes)
     with open_record(made.root, made.sweep, made.name) as record:
-        record.is_grid = False
+        record.is_grid, record.num_trials = False, 4
         record.cells[-1].error = "the loss is not finite"
-    assert [row[0] for row in texts(made.table())] == ["kk, rate 0.00123"]
+    return made
+
+
+def test_search_is_ordered_by_its_score(searched):
+    """The best trial somewhere among the others, differences to the first, or a failed trial."""
+    data = searched.table()
+    names = ["rate 0.00123 *", "rate 0.2", "rate 0.1", "rate 0.3"]
+    assert [row[0] for row in texts(data)] == names
+    assert [row[2] for row in texts(data)] == ["60.0", "55.0", "50.0", "10.0"]
+    text = markdown(data)
+    assert "1 trials failed" in text and "In all rows: kk" in text and "luckiest" in text
+    (axes,) = draw(data).axes
+    trials, best = axes.get_lines()
+    assert list(trials.get_xdata()) == [1, 2, 3, 4]
+    assert list(trials.get_ydata()) == pytest.approx([50, 60, 55, 10])
+    assert list(best.get_ydata()) == pytest.approx([50, 60, 60, 60])
+
+
+def test_search_for_several_values(searched):
+    """A front of something else than what was searched for, or its values nowhere to be seen."""
+    with open_record(searched.root, searched.sweep, searched.name) as record:
+        record.trial_values = ["score", "parameters"]
+        record.directions = ["maximize", "minimize"]
+    data = searched.table()
+    rows = [(row[0], row[-1]) for row in texts(data)]
+    assert headings(data)[-1] == "parameters"
+    assert rows == [("rate 0.00123 *", "3.0M"), ("rate 0.2 *", "1.0M"), ("rate 0.1", "3.0M"),
+                    ("rate 0.3", "2.0M")]  # fmt: skip
+    (axes,) = draw(data).axes
+    front = axes.get_lines()[-1]
+    assert front.get_label() == "Pareto front" and list(front.get_xdata()) == [1e6, 3e6]
+    assert axes.get_xlabel() == "parameters"
+
+
+def test_unfinished_search_is_refused(searched):
+    """The table of a killed search, which looks like that of a whole one."""
+    with open_record(searched.root, searched.sweep, searched.name) as record:
+        record.num_trials = 30
+    with pytest.raises(ExperimentError, match="4 of 30 trials are finished"):
+        searched.table()
 
 
 def test_shapes_stand_beside_the_papers_by_share(tmp_path):
@@ -455,8 +581,8 @@ def test_line_has_the_papers_points(tmp_path):
 
 def test_pareto_front():
     """A point on the line that another beats."""
-    points = [(1.0, 5.0), (2.0, 4.0), (2.0, 3.0), (3.0, 4.0), (4.0, 1.0), (0.5, 5.0)]
-    assert pareto_front(points) == [(1.0, 5.0), (3.0, 4.0), (4.0, 1.0)]
+    points = [(1.0, 5.0), (2.0, 4.0), (2.0, 3.0), (3.0, 4.0), (4.0, 1.0), (0.5, 5.0), (3.0, 4.0)]
+    assert on_front(points) == [True, False, False, True, True, False, True]
 
 
 def test_problems_stand_in_the_figure(tmp_path):
