@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from minilm_exp.errors import ExperimentError
 from minilm_exp.pareto import on_front
 from minilm_exp.plots import LINES
-from minilm_exp.table_data import Measured, Row, TableData
+from minilm_exp.table_data import Measured, Row, TableData, in_order
 from minilm_exp.tables import command_line, log_files
 from minilm_exp.tracking import open_tracker
 
@@ -167,7 +167,7 @@ def _search(axes: Axes, data: TableData) -> None:
     axes.plot(*zip(*points), "o", color="0.35", fillstyle="none", label="a trial")
     if others:
         best = [point for point, found in zip(points, is_best) if found]
-        axes.plot(*zip(*best), "o", color="black", label="no other is better in all")
+        axes.plot(*zip(*best), "o", color="black", label="none is as good and better in one")
         _front(axes, points, is_best)
     else:
         best_yet = itertools.accumulate((score for _, score in points), max)
@@ -200,7 +200,7 @@ def _loss(uri: str | None, axes: Axes, data: TableData) -> None:
     """Training loss of the first seed of each row."""
     seeds = set()
     for number, row in enumerate(row for row in data.rows if row.results):
-        seeds.add(seed := min(row.results, key=int))
+        seeds.add(seed := in_order(row.results)[0])
         try:
             tracker = open_tracker(uri, row.results[seed].run_id)
         except ExperimentError as error:
@@ -215,7 +215,7 @@ def _loss(uri: str | None, axes: Axes, data: TableData) -> None:
             label=row.label,
             **(_style(number) | {"marker": None}),
         )
-    axes.set_xlabel(f"step (the runs of seed {', '.join(sorted(seeds, key=int))})")
+    axes.set_xlabel(f"step (the runs of seed {', '.join(in_order(seeds))})")
     axes.set_ylabel("loss of all its terms (not comparable between rows)")
     axes.set_ylim(bottom=0)
 
@@ -231,9 +231,8 @@ def _style(number: int) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     given, data = command_line("minilm_exp.figures", __doc__, arguments)
-    uri = given.tracking_uri or data.record.uri
     try:
-        figure = draw(data, uri)
+        figure = draw(data, given.tracking_uri)
     except ExperimentError as error:
         sys.exit(f"error: {error}")
     folder = Path(given.outputs) / "figures"
@@ -242,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     for file in files:
         figure.savefig(file, dpi=150)
         print(f"written: {file}")
-    log_files(data, uri, files, "figures")
+    log_files(data, given.tracking_uri, files, "figures")
 
 
 if __name__ == "__main__":

@@ -338,9 +338,15 @@ def _max_tokens(settings: Settings, student_facts: dict[str, Any] | None) -> int
 
 
 def _resolve_init(settings: Settings) -> None:
+    student = settings.student
+    if student.init == "auto" and student.path is None:
+        _choose_init(settings)
+    if student.init_layers == "whole" and (student.init == "random" or student.path is not None):
+        student.init_layers = "evenly"  # a sweep asks it of every student
+
+
+def _choose_init(settings: Settings) -> None:
     student, teacher = settings.student, settings.teacher
-    if student.init != "auto" or student.path is not None:
-        return
     intermediate_size = student.intermediate_size or 4 * student.hidden_size
     agree = (
         student.hidden_size == teacher.hidden_size
@@ -357,10 +363,6 @@ def _resolve_init(settings: Settings) -> None:
         if student.num_layers > highest_init_layer(settings):
             reason = f"there are fewer than student.num_layers={student.num_layers} teacher layers"
         student.init = "random"
-        if (
-            student.init_layers == "whole"
-        ):  # which a sweep asks of every student; no other is ignored
-            student.init_layers = "evenly"
     settings.notes.append(f"student.init=auto: {student.init}, because {reason}")
 
 

@@ -82,7 +82,7 @@ class SweepRecord:
         directions: Of each of them, maximize or minimize.
         uri: Of MLflow, without its password.
         run_id: The MLflow run above those of the cells.
-        cells: In the order of the last call, then those of earlier ones.
+        cells: In the order in which they were first asked for.
     """
 
     sweep: str
@@ -106,15 +106,15 @@ class SweepRecord:
         self.is_grid = is_grid
 
     def order(self, values: list[dict[str, str]], runs: Runs) -> list[Cell]:
-        """The cells of a grid, in its order, and before those of earlier calls.
+        """The cells of a grid, in its order; new ones come after those of earlier calls.
 
         What earlier calls did not finish and this one does not ask for is forgotten, such as a
         value with a slip.
         """
         asked = [self.cell(one) for one in values]
         if values:
-            others = [cell for cell in self.cells if cell.values not in values]
-            self.cells = asked + [cell for cell in others if runs.standing(cell)]
+            kept = [cell for cell in self.cells if cell.values in values or runs.standing(cell)]
+            self.cells = kept
         return asked
 
     def cell(self, values: dict[str, str]) -> Cell:

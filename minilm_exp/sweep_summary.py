@@ -65,12 +65,12 @@ def print_cells(record: SweepRecord, cells: list[Cell], plans: list[Plan], runs:
         console.print("nothing to do\n" if is_done else "all of them will fail\n")
 
 
-def print_search(name: str, number: int, total: int, plan: Plan) -> None:
+def print_search(name: str, finished: int, number: int, plan: Plan) -> None:
     """How many trials a search is to make, and how long they will take."""
     estimate = ""
     if plan.seconds is not None and number:
         estimate = f"; about {_time(number * plan.seconds)} (from the sizes of the models)"
-    print(f"\n{name}: {total - number} of {total} trials are finished{estimate}\n", flush=True)
+    print(f"\n{name}: {finished} trials are finished, {number} to go{estimate}\n", flush=True)
 
 
 def print_end(record: SweepRecord, failed: list[Cell], runs: Runs) -> None:

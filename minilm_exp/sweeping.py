@@ -43,9 +43,9 @@ from minilm_exp.provenance import fingerprint_text, git_state
 from minilm_exp.redaction import redact
 from minilm_exp.resolvers import REPOSITORY
 from minilm_exp.result import Result, write_json
-from minilm_exp.settings import NEUTRAL, Tracking
+from minilm_exp.settings import NEUTRAL, TRIAL_VALUES, Tracking
 from minilm_exp.studies import SharedStorage
-from minilm_exp.sweep_record import Cell, Runs, open_record
+from minilm_exp.sweep_record import Cell, Runs, SweepRecord, open_record
 from minilm_exp.sweep_summary import Plan, print_cells, print_end, print_search
 from minilm_exp.tracking import end_tagged, start_tracking
 from minilm_exp.trial import Trial
@@ -207,6 +207,11 @@ def _start(config: DictConfig) -> Session:
     space = _space(hydra)
     is_grid = hydra.runtime.choices["hydra/sweeper/sampler"] == "grid"
     directions = _directions(hydra.sweeper.direction)
+    wrong = not OmegaConf.is_list(config.trial_values) or not config.trial_values
+    if wrong or not set(config.trial_values) <= set(TRIAL_VALUES):
+        raise ExperimentError(
+            f"trial_values={config.trial_values} is no list of {', '.join(TRIAL_VALUES)}"
+        )
     if len(directions) != len(config.trial_values):
         raise ExperimentError(
             f"trial_values={list(config.trial_values)} needs a direction each:"
@@ -214,12 +219,14 @@ def _start(config: DictConfig) -> Session:
         )
     grid = _grid(space) if is_grid else {}
     cells = _cells(grid) if is_grid else []
-    plans = [_plan(config, cell) for cell in cells or [{}]]
+    plans = [_plan(config, cell, is_grid) for cell in cells or [{}]]
     if not is_grid:
-        if config.num_trials < 1:
-            raise ExperimentError(f"num_trials={config.num_trials}: a search needs at least 1")
+        if not isinstance(config.num_trials, int) or config.num_trials < 1:
+            raise ExperimentError(
+                f"num_trials={config.num_trials}: a search needs a whole number, at least 1"
+            )
         for choice in _single_choices(space):
-            _plan(config, choice)
+            _plan(config, choice, False)
     runs = Runs(outputs)
     seed = {"seed": str(config.seed)}
     name = f"{sweep}-{_fingerprint(config, space)}"
@@ -257,8 +264,6 @@ def _start(config: DictConfig) -> Session:
         print(f"there is no sweeps/{sweep}.table, which make table will need")
     if is_grid:
         print_cells(record, known, plans, runs)
-        if git_state()["dirty"] == "true":
-            print("the tree has uncommitted changes: make table refuses cells that are made now\n")
         finished = [plan.finished is not None for plan in plans]
         while True:
             with open_record(outputs, sweep, name):
@@ -269,7 +274,10 @@ def _start(config: DictConfig) -> Session:
             _wait_for_others(study, tracking.studies)
     else:
         number = max(0, int(config.num_trials) - _num_complete(study))
-        print_search(name, number, int(config.num_trials), plans[0])
+        number += _ask_again(study, record, seed, runs, bool(config.rerun))
+        print_search(name, _num_complete(study), number, plans[0])
+    if git_state()["dirty"] == "true":
+        print("the tree has uncommitted changes: make table refuses cells that are made now\n")
     resolvers.sweep_state.study = study_name
     resolvers.sweep_state.trials_left = number
     session = Session(
@@ -289,7 +297,12 @@ def _end(session: Session, tracking: Tracking, is_interrupted: bool) -> None:
     with open_record(Path(session.outputs), session.sweep, session.name) as record:
         record.num_complete = _num_complete(study) if not record.is_grid else 0
     runs = Runs(Path(session.outputs))
-    called = [cell for cell in record.cells if not session.cells or cell.values in session.cells]
+    asked = session.cells or [
+        {"seed": session.seed} | {name: str(value) for name, value in trial.params.items()}
+        for trial in study.get_trials(deepcopy=False)
+        if trial.user_attrs.get("session") == session.folder
+    ]
+    called = [cell for cell in record.cells if cell.values in asked]
     failed = [cell for cell in called if not runs.standing(cell)]
     resolvers.sweep_state.failed = tuple(cell.name for cell in failed)
     tracker = start_tracking(
@@ -306,7 +319,7 @@ def _single_choices(space: dict[str, BaseDistribution]) -> list[dict[str, Any]]:
     return [{name: value} for name, choices in lists.items() for value in choices]
 
 
-def _plan(config: DictConfig, cell: dict[str, Any]) -> Plan:
+def _plan(config: DictConfig, cell: dict[str, Any], is_cell: bool) -> Plan:
     """What is known of a cell.
 
     Raises:
@@ -330,7 +343,7 @@ def _plan(config: DictConfig, cell: dict[str, Any]) -> Plan:
         with read_write(composed), open_dict(composed):
             del composed["hydra"]
         settings = parse(composed, True, typed)
-        return Plan(estimate_seconds(settings), find_finished(settings) if cell else None)
+        return Plan(estimate_seconds(settings), find_finished(settings) if is_cell else None)
     except (ExperimentError, OmegaConfBaseException) as error:
         return Plan(error=redact(str(error)))
 
@@ -351,8 +364,8 @@ def _grid(space: dict[str, BaseDistribution]) -> dict[str, list[Any]]:
             values = list(OptunaSweeperImpl._to_grid_sampler_choices(space[name]))
         except ValueError as error:
             raise ExperimentError(
-                f"{name}: a grid needs a list, such as {name}=choice(1,2); a range of numbers is"
-                " for sweeps=search"
+                f"{name}: a grid needs a list, such as {name}=choice(1,2), or a range of whole"
+                " numbers; an interval is for sweeps=search"
             ) from error
         twice = [value for number, value in enumerate(values) if value in values[:number]]
         if twice:
@@ -377,7 +390,30 @@ def _fingerprint(config: DictConfig, space: dict[str, BaseDistribution]) -> str:
 
 def _directions(given: Any) -> list[StudyDirection]:
     several = given if OmegaConf.is_list(given) else [given]
-    return [StudyDirection[str(getattr(one, "name", one)).upper()] for one in several]
+    names = [str(getattr(one, "name", one)).upper() for one in several]
+    if not set(names) <= {"MAXIMIZE", "MINIMIZE"}:
+        raise ExperimentError(f"hydra.sweeper.direction={given} is not maximize or minimize")
+    return [StudyDirection[name] for name in names]
+
+
+def _ask_again(
+    study: optuna.Study, record: SweepRecord, seed: dict[str, str], runs: Runs, rerun: bool
+) -> int:
+    """Puts complete trials of a search whose run is gone into the queue; with rerun all of them.
+
+    Returns:
+        How many.
+    """
+    waiting = study.get_trials(deepcopy=False, states=[TrialState.WAITING])
+    asked = [trial.system_attrs.get("fixed_params") for trial in waiting]
+    number = 0
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+        cell = record.cell(seed | {name: str(value) for name, value in trial.params.items()})
+        if (rerun or not runs.standing(cell)) and trial.params not in asked:
+            asked.append(trial.params)
+            study.enqueue_trial(trial.params)
+            number += 1
+    return number
 
 
 def _enqueue(

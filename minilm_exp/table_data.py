@@ -14,6 +14,7 @@ from scipy import stats
 from minilm_exp.errors import ExperimentError
 from minilm_exp.pareto import on_front
 from minilm_exp.provenance import RESULTS_VERSION
+from minilm_exp.resolvers import REPOSITORY
 from minilm_exp.result import Result
 from minilm_exp.sweep_record import Cell, Runs, SweepRecord, read_record, record_folder
 from minilm_exp.table_spec import Named, TableSpec
@@ -194,7 +195,7 @@ def collect(
         row = rows[tuple(cell.values[axis] for axis in axes)]
         row.results[cell.values["seed"]] = result
     common = _name(spec, list(rows.values()))
-    seeds = sorted({cell.values["seed"] for cell in cells}, key=int) if record.is_grid else []
+    seeds = in_order({cell.values["seed"] for cell in cells}) if record.is_grid else []
     for row in rows.values():
         known = {c.values["seed"] for c in cells if _is_in(c, row)}
         for seed in seeds:
@@ -202,10 +203,8 @@ def collect(
                 problems.append(f"{row.label}: seed {seed} is missing")
                 to_run.append({"seed": seed} | row.values)
     if problems and not allow_mixed:
-        raise ExperimentError(_refusal(record, problems, to_run))
-    ordered = list(rows.values())
-    if not record.is_grid:
-        ordered = _ranked(record, ordered)
+        raise ExperimentError(_refusal(record, runs, problems, to_run))
+    ordered = _ranked(record, [*rows.values()]) if not record.is_grid else _sorted(spec, rows)
     tasks = list(dict.fromkeys(task for _, result in found for task in result.scores))
     columns = {task: spec.columns.get(task, Named(task)) for task in tasks}
     if len(tasks) > 1:
@@ -238,10 +237,12 @@ def _without(record: SweepRecord, without: Sequence[str]) -> list[Cell]:
     return cells
 
 
-def _refusal(record: SweepRecord, problems: list[str], to_run: list[dict[str, str]]) -> str:
+def _refusal(
+    record: SweepRecord, runs: Runs, problems: list[str], to_run: list[dict[str, str]]
+) -> str:
     lines = [f"no table of {record.name}:", *(f"  {problem}" for problem in problems)]
     if to_run and record.is_grid:
-        lines.append(f"what is missing is computed by: {_command(record, to_run)}")
+        lines.append(f"what is missing is computed by: {_command(record, runs, to_run)}")
     lines.append(
         "with rerun=true a sweep computes finished cells again, and the new ones replace the old;"
         " --without SETTING=VALUE leaves cells out; --allow-mixed prints the table all the same,"
@@ -250,10 +251,12 @@ def _refusal(record: SweepRecord, problems: list[str], to_run: list[dict[str, st
     return "\n".join(lines)
 
 
-def _command(record: SweepRecord, cells: list[dict[str, str]]) -> str:
-    """That of the sweep's last call, for these cells."""
+def _command(record: SweepRecord, runs: Runs, cells: list[dict[str, str]]) -> str:
+    """That of the sweep's last call, for these cells and the present folder."""
     words = record.commands[-1] if record.commands else ["run.py", "-m", f"sweeps={record.sweep}"]
-    words = [word for word in words if word.split("=")[0] not in cells[0]]
+    words = [word for word in words if word.split("=")[0] not in {"outputs_dir", *cells[0]}]
+    if (outputs := runs.folder.parent) != REPOSITORY / "outputs":
+        words.append(f"outputs_dir={outputs}")
     for name in cells[0]:
         values = dict.fromkeys(cell[name] for cell in cells)
         words.append(f"{name}=choice({','.join(values)})")
@@ -283,6 +286,22 @@ def _name(spec: TableSpec, rows: list[Row]) -> list[str]:
     for row in rows:
         row.label = ", ".join(row.parts[i].label for i in shown if row.parts[i].label)
     return [rows[0].parts[i].label for i in range(len(axes)) if i not in shown]
+
+
+def in_order(seeds: Iterable[str]) -> list[str]:
+    """As numbers are ordered."""
+    return sorted(seeds, key=lambda seed: (len(seed), seed))
+
+
+def _sorted(spec: TableSpec, rows: dict[tuple[str, ...], Row]) -> list[Row]:
+    """In the order in which the spec names values; others come later, as they were asked for."""
+    known: list[list[str]] = []
+    for number, axis in enumerate(next(iter(rows.values())).values if rows else []):
+        named = list(spec.axes[axis].values) if axis in spec.axes else []
+        known.append(list(dict.fromkeys([*named, *(values[number] for values in rows)])))
+    return [
+        rows[key] for key in sorted(rows, key=lambda key: [k.index(v) for k, v in zip(known, key)])
+    ]
 
 
 def _ranked(record: SweepRecord, rows: list[Row]) -> list[Row]:

@@ -28,9 +28,10 @@ from minilm_exp.table_data import (
     TableData,
     collect,
     find_records,
+    in_order,
 )
 from minilm_exp.table_spec import Named, read_spec
-from minilm_exp.tracking import open_tracker
+from minilm_exp.tracking import is_file, open_tracker
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def footer(data: TableData) -> list[str]:
 
 def _meaning(data: TableData) -> str:
     """Of the numbers."""
-    seeds = sorted({seed for row in data.rows for seed in row.results}, key=int)
+    seeds = in_order({seed for row in data.rows for seed in row.results})
     text = f"Scores × 100, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
     has_spread = any(len(row.results) > 1 for row in data.rows)
     if has_spread:
@@ -334,6 +335,10 @@ def command_line(
         if others:
             names = ", ".join(f"{r.name} ({runs.count(r.cells)})" for r in others)
             print(f"of {record.name}; there are also {names}")
+        own = given.outputs.absolute() / "mlflow.db"
+        if given.tracking_uri is None and own.exists() and is_file(record.uri):
+            given.tracking_uri = f"sqlite:///{own}"  # also where the folder was moved
+        given.tracking_uri = given.tracking_uri or record.uri
         spec = read_spec(given.spec or REPOSITORY / "sweeps" / f"{record.sweep}.table")
         return given, collect(record, spec, runs, given.allow_mixed, given.without)
     except ExperimentError as error:
@@ -362,7 +367,7 @@ def main(arguments: list[str] | None = None) -> None:
     print_table(data)
     for file in files:
         print(f"written: {file}")
-    log_files(data, given.tracking_uri or data.record.uri, files, "tables")
+    log_files(data, given.tracking_uri, files, "tables")
 
 
 if __name__ == "__main__":

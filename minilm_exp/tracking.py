@@ -19,7 +19,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from minilm_exp.errors import ExperimentError, reason_of
 from minilm_exp.redaction import redact
@@ -156,6 +157,7 @@ def start_tracking(
     try:
         # Two processes that create the same database at once would break each other.
         with FileLock(outputs / "mlflow.lock"):
+            _create_whole(uri)
             client = MlflowClient(tracking_uri=uri)
             found = client.get_experiment_by_name(experiment)
             if found is not None:
@@ -200,10 +202,13 @@ def open_tracker(uri: str | None, run_id: str | None) -> Tracker:
     """
     if uri is None or run_id is None:
         raise ExperimentError("the MLflow run is not known")
-    client = MlflowClient(tracking_uri=uri)
+    file = _sqlite_file(uri)
+    if file is not None and not file.exists():
+        raise ExperimentError(f"there is no {file}, where MLflow has run {run_id}")
     try:
+        client = MlflowClient(tracking_uri=uri)
         client.get_run(run_id)
-    except (MlflowException, SQLAlchemyError) as error:
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
         raise ExperimentError(redact(f"no run {run_id} in {uri}: {reason_of(error)}")) from error
     return Tracker(client, run_id, resumed=True)
 
@@ -221,6 +226,32 @@ def _reopened(client: MlflowClient, run_id: str) -> Tracker:
     if "error" in client.get_run(run_id).data.tags:
         client.delete_tag(run_id, "error")
     return Tracker(client, run_id, resumed=True)
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    """Of a store in a file."""
+    try:
+        address = make_url(uri)
+    except ArgumentError:
+        return None
+    is_file = address.get_backend_name() == "sqlite" and address.database
+    return Path(str(address.database)) if is_file else None
+
+
+def is_file(uri: str | None) -> bool:
+    """Whether a store is a database in a file."""
+    return uri is not None and _sqlite_file(uri) is not None
+
+
+def _create_whole(uri: str) -> None:
+    """Makes the database of a store in a file; MLflow cannot go on with one that it began."""
+    file = _sqlite_file(uri)
+    if file is None or file.exists():
+        return
+    partial = file.with_name(f"{file.name}.partial")
+    partial.unlink(missing_ok=True)
+    MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
+    partial.replace(file)
 
 
 def _exists(client: MlflowClient, run_id: str) -> bool:

@@ -124,6 +124,7 @@ def test_changed_shape_changes_the_name_of_the_student(settings_for):
             "teacher_layers",
         ),
         (["teacher=bert_base", "student.init_layers=whole"], "random"),
+        (["sweeps=teacher_layer", "experiment=minilmv2_bert_base_l6h384"], "random"),
         (["student.num_layers=7"], "random"),
         (["student.hidden_size=192"], "random"),
         (["student.num_attention_heads=6"], "random"),

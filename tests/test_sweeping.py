@@ -282,7 +282,7 @@ def test_sweep_goes_on_after_a_failure(tmp_path):
     heads = "relation_set.num_relation_heads=choice(2,4)"
     assert run(outputs, *SWEEP, "relations=kk", heads).status == 0
     asked = [cell.values["relation_set.num_relation_heads"] for cell in record_of(outputs).cells]
-    assert asked == ["2", "4"] and all_finished(outputs)
+    assert asked == ["4", "2"] and all_finished(outputs)
 
 
 @pytest.mark.integration
@@ -424,6 +424,13 @@ def test_search(tmp_path):
     assert (record.num_trials, record.num_complete) == (3, 3)
     assert record.trial_values == ["score", "parameters"]
     assert record.directions == ["maximize", "minimize"]
+    # A trial whose run is gone is made again, and others are not.
+    gone = Runs(outputs).result(record.cells[1])
+    shutil.rmtree(gone.folder)
+    done = run(outputs, *given, "num_trials=3")
+    assert done.status == 0 and "3 trials are finished, 1 to go" in done.stdout, done.both
+    assert all_finished(outputs) and len(record_of(outputs).cells) == 3
+    assert len(trials_of(outputs)) == 4
 
 
 @pytest.mark.integration
@@ -445,6 +452,10 @@ def test_search(tmp_path):
             ["trial_values", "hydra.sweeper.direction"],
         ),
         (["-m", "sweeps=search", "num_trials=0"], ["num_trials=0", "at least 1"]),
+        (["-m", "sweeps=search", "num_trials=two"], ["num_trials=two", "at least 1"]),
+        (["-m", "sweeps=search", "trial_values=score"], ["trial_values=score", "no list of"]),
+        (["-m", "sweeps=search", "trial_values=[scre]"], ["trial_values=['scre']", "parameters"]),
+        (["-m", "sweeps=search", "hydra.sweeper.direction=up"], ["direction=up", "maximize"]),
         (
             ["-m", "sweeps=relation_set", "relations=choice(kk,vvv)"],
             ["nothing was started", "relations=vvv", "kk_vv"],
@@ -464,6 +475,10 @@ def test_search(tmp_path):
         "a range in a grid",
         "no direction",
         "no trials",
+        "trials in words",
+        "no list of values",
+        "misspelt trial value",
+        "misspelt direction",
         "misspelt value",
         "misspelt value of a search",
         "misspelt setting",

@@ -307,10 +307,8 @@ def test_missing_cells_are_told_how_to_compute(outputs):
         record.commands.append(["run.py", "-m", "sweeps=relation_set", "x=1", "seed=1,2,3"])
     with pytest.raises(ExperimentError) as caught:
         outputs.table()
-    assert (
-        "python run.py -m sweeps=relation_set x=1 'seed=choice(3)' 'relations=choice(vv)'"
-        in str(caught.value)
-    )
+    command = "python run.py -m sweeps=relation_set x=1 outputs_dir="
+    assert f"{command}{outputs.root} 'seed=choice(3)' 'relations=choice(vv)'" in str(caught.value)
     data = outputs.table(without=["relations=vv"])
     assert len(data.rows) == 3 and "Left out (--without): relations=vv" in markdown(data)
     data = outputs.table(without=["seed=3"])
@@ -318,6 +316,28 @@ def test_missing_cells_are_told_how_to_compute(outputs):
     for wrong, words in (("relations=kkk", "no cell"), ("n", "no cell")):
         with pytest.raises(ExperimentError, match=f"--without {wrong}: {words}"):
             outputs.table(without=[wrong])
+
+
+def test_rows_stand_in_the_order_of_the_spec(outputs):
+    """Another row of reference, as the last call began with another."""
+    for seed in "123":
+        outputs.add({"relations": "qk_vv", "seed": seed}, {"mnli": 0.5, "qnli": 0.5})
+    with open_record(outputs.root, outputs.sweep, outputs.name) as record:
+        record.cells.reverse()
+    names = [row.values["relations"] for row in outputs.table().rows]
+    assert names == ["qq_kk_vv", "kk_vv", "qk_vv", "qq"]
+
+
+def test_seeds_need_not_be_numbers(outputs, capsys):
+    """A traceback for a slip in a seed, or for a store that is no database."""
+    with open_record(outputs.root, outputs.sweep, outputs.name) as record:
+        record.uri, record.run_id = f"sqlite:///{outputs.root}/mlflow.db", "1"
+        record.cell({"seed": "a", "relations": "kk_vv"}).error = "seed=a is no number"
+    with pytest.raises(ExperimentError, match="seed=a is no number"):
+        outputs.table()
+    (outputs.root / "mlflow.db").write_bytes(b"no database" * 1000)
+    main(["relation_set", "--outputs", str(outputs.root), "--without", "seed=a"])
+    assert "not in MLflow: no run 1" in capsys.readouterr().out
 
 
 def test_failed_call_does_not_hide_the_finished_ones(outputs, capsys):

@@ -123,6 +123,16 @@ def test_two_runs_share_the_experiment(start, client):
     assert client.get_experiment(runs[0].experiment_id).name == "an experiment"
 
 
+def test_database_that_was_being_created_is_no_obstacle(tmp_path):
+    """A kill in the first second of the first run, and no other run ever."""
+    (tmp_path / "mlflow.db.partial").write_bytes(b"half a database")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracker = start_tracking(uri, "e", tmp_path, "r")
+    tracker.finish("FINISHED")
+    assert not (tmp_path / "mlflow.db.partial").exists()
+    assert MlflowClient(tracking_uri=uri).get_run(tracker.run_id).info.status == "FINISHED"
+
+
 def test_resumed_run_logs_no_step_twice(start, client):
     """Steps since the last checkpoint stand twice in the history, and means are wrong."""
     first = start()
