@@ -64,6 +64,9 @@ class AdvisoryLock:
         """Gives it back; nothing happens where the database did so before."""
         connection, self._connection = self._connection, None
         if connection is not None:
+            # The database sees the end of a connection a little later than this process.
+            with suppress(SQLAlchemyError):
+                connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": self._key})
             with suppress(SQLAlchemyError):
                 connection.close()
 

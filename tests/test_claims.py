@@ -68,7 +68,7 @@ def test_claim_of_a_killed_process_is_free(holder, claimed):
 
 def test_claims_are_given_back(claimed):
     """A run that nobody can repeat while the process that computed it lives."""
-    for _ in range(2):
+    for _ in range(20):
         with claimed("key", wait=False):
             pass
 
