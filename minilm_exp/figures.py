@@ -159,7 +159,7 @@ def _search(axes: Axes, data: TableData) -> None:
     others = [name for name in data.record.trial_values if name != "score"]
     points, is_best = [], []
     for row in rows:
-        (result,) = row.results.values()
+        result = row.results[in_order(row.results)[0]]
         score, other = result.score, result.trial_value(others[0]) if others else row.number
         if score is not None and other is not None:
             points.append((float(other), 100 * score if result.scores else score))
