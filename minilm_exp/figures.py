@@ -118,7 +118,7 @@ def _paper_lines(axes: Axes, data: TableData, rows: list[Row], places: list[floa
 
 def _pareto(axes: Axes, data: TableData) -> None:
     """Mean score against speedup, and the line of what nothing beats in both."""
-    column = _score_column(data)
+    column = "mean" if "mean" in data.columns else next(iter(data.columns))
     points = []
     for number, row in enumerate(row for row in data.rows if row.results):
         score, speed = row.measured(column), row.measured("speedup")
@@ -175,10 +175,6 @@ def _search(axes: Axes, data: TableData) -> None:
         axes.step(trials, [*best_yet], color="black", where="post", label="best yet")
     axes.set_xlabel(others[0] if others else "trial")
     axes.set_ylabel("score × 100, mean of the tasks")
-
-
-def _score_column(data: TableData) -> str:
-    return "mean" if "mean" in data.columns else next(iter(data.columns))
 
 
 def _bars(measured: list[Measured]) -> list[float] | None:

@@ -31,7 +31,7 @@ from minilm_exp.table_data import (
     in_order,
 )
 from minilm_exp.table_spec import Named, read_spec
-from minilm_exp.tracking import is_file, open_tracker
+from minilm_exp.tracking import open_tracker, sqlite_file
 
 
 @dataclass(frozen=True)
@@ -335,10 +335,11 @@ def command_line(
         if others:
             names = ", ".join(f"{r.name} ({runs.count(r.cells)})" for r in others)
             print(f"of {record.name}; there are also {names}")
-        own = given.outputs.absolute() / "mlflow.db"
-        if given.tracking_uri is None and own.exists() and is_file(record.uri):
-            given.tracking_uri = f"sqlite:///{own}"  # also where the folder was moved
         given.tracking_uri = given.tracking_uri or record.uri
+        store = sqlite_file(given.tracking_uri or "")
+        own = given.outputs.absolute() / "mlflow.db"
+        if store is not None and not store.exists() and own.exists():
+            given.tracking_uri = f"sqlite:///{own}"  # the folder was moved
         spec = read_spec(given.spec or REPOSITORY / "sweeps" / f"{record.sweep}.table")
         return given, collect(record, spec, runs, given.allow_mixed, given.without)
     except ExperimentError as error:

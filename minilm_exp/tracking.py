@@ -202,7 +202,7 @@ def open_tracker(uri: str | None, run_id: str | None) -> Tracker:
     """
     if uri is None or run_id is None:
         raise ExperimentError("the MLflow run is not known")
-    file = _sqlite_file(uri)
+    file = sqlite_file(uri)
     if file is not None and not file.exists():
         raise ExperimentError(f"there is no {file}, where MLflow has run {run_id}")
     try:
@@ -228,8 +228,8 @@ def _reopened(client: MlflowClient, run_id: str) -> Tracker:
     return Tracker(client, run_id, resumed=True)
 
 
-def _sqlite_file(uri: str) -> Path | None:
-    """Of a store in a file."""
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a store that is a database in a file."""
     try:
         address = make_url(uri)
     except ArgumentError:
@@ -238,14 +238,9 @@ def _sqlite_file(uri: str) -> Path | None:
     return Path(str(address.database)) if is_file else None
 
 
-def is_file(uri: str | None) -> bool:
-    """Whether a store is a database in a file."""
-    return uri is not None and _sqlite_file(uri) is not None
-
-
 def _create_whole(uri: str) -> None:
     """Makes the database of a store in a file; MLflow cannot go on with one that it began."""
-    file = _sqlite_file(uri)
+    file = sqlite_file(uri)
     if file is None or file.exists():
         return
     partial = file.with_name(f"{file.name}.partial")
