@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -22,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from minilm_exp.errors import ExperimentError
+from minilm_exp.errors import ExperimentError, Interrupted
 from minilm_exp.redaction import redact
 from minilm_exp.resolvers import register_resolvers, sweep_state
 
@@ -71,6 +72,11 @@ def _run(
 ) -> float | tuple[float | None, ...] | None:
     from minilm_exp.parsing import parse
 
+    if _num_processes() > 1 and hydra_config.mode == RunMode.MULTIRUN:
+        raise ExperimentError(
+            "torchrun starts the processes of one run, and -m asks for many: leave out one of them"
+            " (docs/scaling.md)"
+        )
     chosen = hydra_config.runtime.choices
     typed = {override.split("=")[0].lstrip("+~") for override in hydra_config.overrides.task}
     teacher_was_chosen = chosen.teacher != "minilm_l6" or "teacher" in typed
@@ -81,6 +87,8 @@ def _run(
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if _process() > 0:  # the first one speaks for all
+        logging.disable(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     from minilm_exp.pipeline import run_experiment
@@ -97,6 +105,8 @@ def _run(
             _finished_jobs.append((list(hydra_config.overrides.task), outcome))
         values = tuple(outcome.trial_value(name) for name in settings.trial_values)
         return values if len(values) > 1 else values[0]
+    if outcome is None:
+        return None
     print(
         f"corpus ready in {outcome.folder}: {outcome.num_documents} documents,"
         f" {len(outcome.train)} examples ({outcome.train.num_tokens} tokens) to train on,"
@@ -159,6 +169,32 @@ _CACHE_CHANGES = (
 )
 
 
+def _process() -> int:
+    """Number of this process among those of a run; torchrun counts from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _tell_others(error: Exception, reason: str) -> bool:
+    """Leaves the reason for the other processes of the run, and for torchrun's report.
+
+    Returns:
+        Whether this one is to print it too: what the config has wrong all of them find.
+    """
+    if _num_processes() == 1:
+        return True
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    from minilm_exp import processes
+
+    processes.report_failure(reason)
+    get_error_handler().record_exception(error)
+    return processes.is_leader() or processes.have_met()
+
+
 def _explain(error: BaseException) -> str:
     """One message for people; the cause where Hydra wraps it."""
     if isinstance(error, ExperimentError):
@@ -215,6 +251,10 @@ def _redact_logs() -> None:
     logging.setLogRecordFactory(make_redacted)
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(signal.Signals(number).name, "ended where it was")
+
+
 def main() -> None:
     """Runs Hydra and turns what goes wrong into one message and an exit status."""
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
@@ -222,17 +262,25 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     _redact_logs()
     # What a scheduler ends is recorded like what a person interrupts.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.stderr = _RedactedStream(sys.stderr)
+    if _process() > 0:  # its log would lie beside that of the first
+        sys.argv.append("hydra/job_logging=disabled")
     try:
         job()
-    except KeyboardInterrupt:
-        sys.exit("interrupted; resume=true goes on from the last checkpoint")
+    except KeyboardInterrupt as error:
+        name = getattr(error, "signal_name", "SIGINT")
+        if _process() == 0:
+            print(f"{error or name}; resume=true goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(128 + signal.Signals[name].value)
     except Exception as error:
+        reason = redact(_explain(error))
+        speaks = _tell_others(error, reason)
         if wants_traceback:
             raise
         if not _failed_jobs:
-            sys.exit(f"error: {redact(_explain(error))}")
+            where = f" in process {_process()}" if _process() > 0 else ""
+            sys.exit(f"error{where}: {reason}" if speaks else 1)
     finally:
         if len(_finished_jobs) > 1:
             from minilm_exp.summary import print_comparison

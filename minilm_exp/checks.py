@@ -134,6 +134,7 @@ def check_values(settings: Settings) -> None:
         "training.warmup_steps": training.warmup_steps,
         "training.weight_decay": training.weight_decay,
         "runtime.num_workers": runtime.num_workers,
+        "tracking.retry_seconds": settings.tracking.retry_seconds,
     }
     for name, number in not_negative.items():
         if not (number >= 0 and math.isfinite(number)):

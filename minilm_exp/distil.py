@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,11 @@ import numpy
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -27,6 +24,8 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
+from minilm_exp import processes
+from minilm_exp.checkpoints import CheckpointedTrainer, step_of, take_up
 from minilm_exp.corpus import PreparedCorpus
 from minilm_exp.errors import ExperimentError
 from minilm_exp.masking import Masker
@@ -51,7 +50,8 @@ from minilm_exp.teacher_cache import TeacherCaches
 LogMetrics = Callable[[dict[str, float], int], None]
 
 _log = logging.getLogger(__name__)
-_WHOLE = "whole.json"
+# Between the seeds of two processes, whose dropout would else be the same.
+_SEED_STRIDE = 1_000_003
 # In the place of a step.
 _VALIDATION = -1
 
@@ -207,7 +207,8 @@ def distil(
         whole objective ("total").
 
     Raises:
-        ExperimentError: Fewer blocks than a batch, or a loss that is not finite.
+        ExperimentError: Fewer blocks than a batch, or a loss or gradient that is not finite.
+        Interrupted: A signal ended the training, after a checkpoint.
     """
     training = settings.training
     if len(corpus.train) < training.batch_size:
@@ -236,10 +237,10 @@ def distil(
         data_collator=Collator(tokenizer, corpus_is_packed=settings.corpus.packing),
         train_dataset=corpus.train,
         eval_dataset=corpus.validation.spread(training.evaluation_sequences),
-        callbacks=[
-            TokenProgress(training.batch_size * settings.corpus.block_length),
-            MarkWhole(),
-        ],
+        callbacks=[TokenProgress(training.batch_size * settings.corpus.block_length)]
+        if processes.is_leader()
+        else [],
+        keep_checkpoints=training.keep_checkpoints,
         log_metrics=log_metrics,
         masker=masker,
     )
@@ -247,17 +248,17 @@ def distil(
     profiler = None if profile_folder is None else StepProfiler(profile_folder)
     if profiler is not None:
         trainer.add_callback(profiler)
-    start = take_up(checkpoints) if settings.resume else None
+    start = processes.from_leader(lambda: take_up(checkpoints) if settings.resume else None)
     try:
         if settings.runtime.compile:
             distiller.compile_layers()
-        set_seed(settings.seed)
+        set_seed(settings.seed + _SEED_STRIDE * processes.rank())
         if start is not None:
-            _log.info("going on after step %d of %d", _step(start), training.max_steps)
-        if start is not None and _step(start) >= training.max_steps:
+            _log.info("going on after step %d of %d", step_of(start), training.max_steps)
+        if start is not None and step_of(start) >= training.max_steps:
             trainer.load(start)  # the library would train for one step more
         else:
-            trainer.train(resume_from_checkpoint=str(start) if start else None)
+            trainer.train_whole(start)
         return trainer.final_losses()
     finally:
         if profiler is not None:
@@ -267,18 +268,22 @@ def distil(
             parameter.requires_grad_(True)
 
 
-class _DistillationTrainer(Trainer):
+class _DistillationTrainer(CheckpointedTrainer):
     """The library's training loop; only what is logged and evaluated is ours."""
 
     def __init__(self, log_metrics: LogMetrics, masker: Masker | None, **arguments: Any) -> None:
-        super().__init__(**arguments)
+        super().__init__(
+            subject="distillation",
+            remedy="lower training.learning_rate, raise training.warmup_steps, or set"
+            " training.precision=fp32",
+            **arguments,
+        )
         self._log_metrics, self._masker = log_metrics, masker
-        self._sums: Tensor | None = None
-        self._num_summed = 0
         self._evaluated: tuple[int, dict[str, float]] | None = None
         distiller: Distiller = arguments["model"]
         self._distiller = distiller
         self._names = [*distiller.objective.names, "total"]
+        self.add_callback(_SetEpoch(self))
 
     def load(self, checkpoint: Path) -> None:
         """Weights and step, without training."""
@@ -288,9 +293,21 @@ class _DistillationTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> ShuffleSampler:
         """Whole steps only, so that an epoch's end is the same for every micro-batch size."""
         blocks: Any = self.train_dataset if train_dataset is None else train_dataset
-        batch_size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        num_drawn = len(blocks) // batch_size * batch_size
-        return ShuffleSampler(len(blocks), num_drawn, self.args.seed)
+        num_drawn = self.steps_per_epoch * self._batch_size
+        self.sampler = ShuffleSampler(len(blocks), num_drawn, self.args.seed)
+        return self.sampler
+
+    @property
+    def _batch_size(self) -> int:
+        """Sequences of a step, over all processes; the library gives each its micro-batches."""
+        own = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return own * processes.size()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole ones."""
+        blocks: Any = self.train_dataset
+        return len(blocks) // self._batch_size
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Of tied weights a copy, without which the library saves its own models only."""
@@ -314,16 +331,11 @@ class _DistillationTrainer(Trainer):
     ) -> Any:
         outputs = model(**self._masked(inputs, self.state.global_step))
         loss = outputs["loss"]
-        if not torch.isfinite(loss):
-            raise ExperimentError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower"
-                " training.learning_rate, raise training.warmup_steps, or set"
-                " training.precision=fp32"
-            )
         if model.training:
             terms_T = outputs["terms"]
             self._sums = terms_T if self._sums is None else self._sums + terms_T
             self._num_summed += 1
+            self.note_loss(loss, inputs["index"].tolist())
         return (loss, outputs) if return_outputs else loss
 
     def _masked(self, inputs: dict[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -338,7 +350,8 @@ class _DistillationTrainer(Trainer):
         super().log(logs, start_time)
         if "loss" not in logs or self._sums is None:
             return
-        means = (self._sums / self._num_summed).tolist()
+        sums = processes.sum_of_all(self._sums)
+        means = (sums / (self._num_summed * processes.size())).tolist()
         self._sums, self._num_summed = None, 0
         metrics = {f"distill/loss/{name}": mean for name, mean in zip(self._names, means)}
         metrics["distill/learning_rate"] = logs["learning_rate"]
@@ -368,8 +381,10 @@ class _DistillationTrainer(Trainer):
     def losses_on(self, examples: Any) -> dict[str, float]:
         """Mean over sequences of each term, and of the whole."""
         model = self._distiller.eval()
+        # Of several processes each takes its share.
+        own = range(processes.rank(), len(examples), processes.size())
         loader = DataLoader(
-            examples,
+            Subset(examples, own),
             batch_size=self.args.eval_batch_size,
             collate_fn=self.data_collator,
             # Of its own, so that evaluating draws nothing that training would have drawn.
@@ -385,7 +400,8 @@ class _DistillationTrainer(Trainer):
             sums += outputs["terms"].cpu().double() * count
             num_sequences += count
         model.train()
-        means = (sums / num_sequences).tolist()
+        total = processes.sum_of_all(torch.cat([sums, sums.new_tensor([num_sequences])]))
+        means = (total[:-1] / total[-1]).tolist()
         losses = dict(zip(self._names, means))
         if not numpy.isfinite(losses["total"]):
             raise ExperimentError(
@@ -418,73 +434,39 @@ class Collator:
         }
 
 
-class MarkWhole(TrainerCallback):
-    """Marks a checkpoint as whole once all of it is on disk, with the sizes of its files.
+class _SetEpoch(TrainerCallback):
+    """Tells the sampler its epoch.
 
-    What is averaged for the log is written out with it, so that a resumed run logs the same.
+    The library does so through its loaders, but not through those of a run of several processes
+    that begins within an epoch.
     """
 
-    def on_step_end(
+    def __init__(self, trainer: _DistillationTrainer) -> None:
+        self._trainer = trainer
+
+    def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        control.should_log = control.should_log or control.should_save
-
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
-    ) -> None:
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-        (folder / _WHOLE).write_text(json.dumps(sizes), encoding="utf-8")
-
-
-def take_up(checkpoints: Path) -> Path | None:
-    """The latest whole checkpoint, or None; what was written after it is removed.
-
-    The library deletes the checkpoints with the lowest numbers, so it would delete the next one.
-    """
-    start = last_whole_checkpoint(checkpoints)
-    for folder in _by_step(checkpoints):
-        if folder == start:
-            break
-        shutil.rmtree(folder)
-    return start
-
-
-def last_whole_checkpoint(checkpoints: Path) -> Path | None:
-    """The latest checkpoint that was completely written, or None."""
-    for folder in _by_step(checkpoints):
-        try:
-            sizes = json.loads((folder / _WHOLE).read_text(encoding="utf-8"))
-            if all((folder / name).stat().st_size == size for name, size in sizes.items()):
-                return folder
-        except (OSError, ValueError, AttributeError):
-            continue
-    return None
-
-
-def _by_step(checkpoints: Path) -> list[Path]:
-    """The latest first."""
-    return sorted(checkpoints.glob("checkpoint-*"), key=_step, reverse=True)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])
+        self._trainer.sampler.set_epoch(state.global_step // self._trainer.steps_per_epoch)
 
 
 def _training_arguments(settings: Settings, precision: str, checkpoints: Path) -> TrainingArguments:
     training, runtime = settings.training, settings.runtime
-    microbatch_size = min(runtime.microbatch_size or training.batch_size, training.batch_size)
+    share = processes.share(training.batch_size)
+    microbatch_size = min(runtime.microbatch_size or share, share)
+    if share % microbatch_size:
+        raise ExperimentError(
+            f"runtime.microbatch_size={microbatch_size} does not divide the {share} sequences of"
+            f" training.batch_size={training.batch_size} that each of {processes.size()} processes"
+            " computes: change one of them"
+        )
     on_cpu = runtime.device == "cpu"
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=training.max_steps,
         per_device_train_batch_size=microbatch_size,
         per_device_eval_batch_size=microbatch_size,
-        gradient_accumulation_steps=training.batch_size // microbatch_size,
+        gradient_accumulation_steps=share // microbatch_size,
         learning_rate=training.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=training.warmup_steps,
@@ -507,9 +489,11 @@ def _training_arguments(settings: Settings, precision: str, checkpoints: Path) -
         eval_steps=training.evaluation_steps,
         save_strategy="steps",
         save_steps=training.checkpoint_steps,
-        save_total_limit=training.keep_checkpoints,
         remove_unused_columns=False,
         label_names=[],
+        # What the loss does not reach has no gradient, and no buffer changes.
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         report_to="none",
         disable_tqdm=True,
     )

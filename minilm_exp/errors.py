@@ -9,6 +9,19 @@ class ExperimentError(Exception):
     """
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the work; what was finished stands.
+
+    Args:
+        signal_name: SIGINT or SIGTERM.
+        where: What it ended, and what is kept of it.
+    """
+
+    def __init__(self, signal_name: str, where: str) -> None:
+        super().__init__(f"{signal_name}: {where}")
+        self.signal_name = signal_name
+
+
 def reason_of(error: Exception) -> str:
     """The first line of an error of a library, short enough for a message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -13,6 +13,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from minilm_exp import processes
 from minilm_exp.claims import claim
 from minilm_exp.corpus import PreparedCorpus, fingerprint_corpus, prepare_corpus
 from minilm_exp.downstream import Scoring, find_tasks, load_tasks
@@ -56,7 +57,14 @@ from minilm_exp.teacher import (
     load_tokenizer,
     random_encoder,
 )
-from minilm_exp.tracking import Tracker, end_interrupted, start_tracking, tag_run
+from minilm_exp.tracking import (
+    SilentTracker,
+    Tracker,
+    end_interrupted,
+    start_tracking,
+    status_of,
+    tag_run,
+)
 from minilm_exp.trial import Trial
 
 _log = logging.getLogger(__name__)
@@ -64,8 +72,10 @@ _log = logging.getLogger(__name__)
 
 def run_experiment(
     settings: Settings, num_cells: int = 1, num_seeds: int = 1, trial: Trial | None = None
-) -> Result | PreparedCorpus:
+) -> Result | PreparedCorpus | None:
     """Runs the recipe, or returns the run with the same key that has already finished.
+
+    Of several processes the first does so, and the others help it to distil and give None.
 
     Args:
         settings: The run.
@@ -79,6 +89,12 @@ def run_experiment(
     """
     if settings.runtime.num_threads is not None:
         torch.set_num_threads(settings.runtime.num_threads)
+    if processes.size() > 1:
+        processes.meet()
+        if not processes.is_leader():
+            _follow(settings)
+            return None
+        _check_processes(settings)
     if settings.recipe.name == "prepare_corpus":
         return prepare_corpus(
             settings, load_tokenizer(settings.teacher), fingerprint_corpus(settings.corpus)
@@ -97,6 +113,7 @@ def run_experiment(
             if trial is not None:
                 trial.started(finished.run_id)
                 tag_run(settings.tracking.uri, finished.run_id, trial.tags)
+            processes.tell_followers(None)
             return finished
         folder, interrupted = choose_folder(settings, key)
         left = take_folder(folder, settings.resume)
@@ -129,9 +146,44 @@ def run_experiment(
             _finish(tracker, result)
         except BaseException as error:
             result.elapsed_seconds = time.monotonic() - start
-            _record_failure(tracker, result, error)
-            raise
+            reason = processes.failure_of_others()
+            if reason is None:
+                _record_failure(tracker, result, error)
+                raise
+            failure = ExperimentError(reason)
+            _record_failure(tracker, result, failure)
+            raise failure from error
     return result
+
+
+def _check_processes(settings: Settings) -> None:
+    """Refuses what several processes cannot do together, before anything is read."""
+    if settings.recipe.name in ("finetune", "prepare_corpus") or not settings.corpus_stages:
+        raise ExperimentError(
+            f"recipe={settings.recipe.name} distils nothing on the corpus, in which"
+            f" {processes.size()} processes could help: start run.py without torchrun"
+        )
+    for stage in settings.corpus_stages:
+        processes.share(stage.settings.training.batch_size)
+
+
+def _follow(settings: Settings) -> None:
+    """Takes part in the distillation of the run that the first process records."""
+    message = processes.hear_leader()
+    if message is None:  # it has finished before
+        return
+    processes.join(settings.runtime.device)
+    chain = Chain(
+        settings,
+        load_encoder(settings.teacher),
+        message["inputs"],
+        load_tokenizer(settings.teacher),
+        Path(message["folder"]),
+        SilentTracker(),
+        (message["num_cells"], message["num_seeds"]),
+    )
+    chain.run()
+    processes.leave()
 
 
 def find_finished(settings: Settings) -> Result | None:
@@ -194,7 +246,12 @@ def _distil_and_score(
     if settings.task_stages:
         scoring.stages = _task_stages(settings, untrained)
         scoring.check(tasks)
+    processes.tell_followers(
+        {"inputs": inputs, "folder": str(folder), "num_cells": grid[0], "num_seeds": grid[1]}
+    )
+    processes.join(settings.runtime.device)
     distilled = chain.run()
+    processes.leave()
     losses = distilled.losses.get(settings.origin.name)
     if losses is not None:
         result.validation_losses, result.validation_loss = losses, losses["total"]
@@ -341,6 +398,8 @@ def _start(
         left.run_id if left is not None and settings.resume else None,
         trial.parent_id if trial is not None else parent_id,
         trial.tags if trial is not None else None,
+        settings.tracking.retry_seconds,
+        is_known=trial is not None,
     )
     if trial is not None:
         trial.started(tracker.run_id)
@@ -454,7 +513,7 @@ def _finish(tracker: Tracker, result: Result) -> None:
 
 def _record_failure(tracker: Tracker, result: Result, error: BaseException) -> None:
     """Best effort: a full disk or a lost server must not hide the error itself."""
-    result.status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+    result.status = status_of(error)
     result.error = redact(f"{type(error).__name__}: {error}")
     try:
         result.write()

@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
-from minilm_exp.distil import last_whole_checkpoint
+from minilm_exp.checkpoints import last_whole_checkpoint
 from minilm_exp.result import Result, read_result, read_results, standing
 from minilm_exp.settings import Settings
 

@@ -232,11 +232,19 @@ class Runtime:
 
 @dataclass
 class Tracking:
-    """Where MLflow records the run, and Optuna the studies of sweeps."""
+    """Where MLflow records the run, and Optuna the studies of sweeps.
+
+    Attributes:
+        uri: MLflow's server or database.
+        experiment: Name of the experiment there.
+        studies: Database of the studies.
+        retry_seconds: How long one that stops answering is asked again.
+    """
 
     uri: str
     experiment: str
     studies: str
+    retry_seconds: float = 300
 
 
 @dataclass

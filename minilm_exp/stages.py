@@ -14,6 +14,7 @@ import numpy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from minilm_exp import processes
 from minilm_exp.corpus import PreparedCorpus, prepare_corpus
 from minilm_exp.distil import distil
 from minilm_exp.errors import ExperimentError
@@ -124,7 +125,7 @@ class Chain:
                 models[stage.name] = models[stage.start]
         last = self.settings.origin.name
         student, tokenizer = models[last], self._tokenizers[last]
-        if last in losses:
+        if last in losses and processes.is_leader():
             save_student(student, self.teacher, tokenizer, self.folder / "student")
         return Distilled(
             student,
@@ -208,7 +209,7 @@ class Chain:
                         place / "checkpoints",
                         tracker.log_metrics,
                         caches,
-                        place / "profile" if settings.profile else None,
+                        place / "profile" if settings.profile and processes.is_leader() else None,
                         teacher_ids,
                         None if head is None else Masker(tokenizer, settings.seed),
                     )
@@ -217,13 +218,8 @@ class Chain:
                 finally:
                     if caches is not None:
                         caches.close()
-                tracker.log_metrics({f"distill/final/{n}": v for n, v in finished.items()})
-                tracker.log_figure(loss_curves(tracker.history, list(finished)), "plots/loss.png")
-                if not self._is_single:
-                    save_student(student, teacher, tokenizer, place / "student")
-                    write_json(place / "losses.json", finished)
-                    if settings.profile:
-                        tracker.log_artifact(place / "profile")
+                if processes.is_leader():
+                    self._record(stage, place, tracker, finished, (student, teacher, tokenizer))
             except BaseException as error:
                 if not self._is_single:
                     tracker.fail(error)
@@ -231,12 +227,31 @@ class Chain:
             if not self._is_single:
                 tracker.finish("FINISHED")
         if not self._is_single:
-            shutil.rmtree(place / "checkpoints", ignore_errors=True)
+            if processes.is_leader():
+                shutil.rmtree(place / "checkpoints", ignore_errors=True)
             self.tracker.log_metrics(
                 {f"stage/{stage.name}/{name}": value for name, value in finished.items()}
             )
+            processes.wait_for_all()
             student = self._load(stage.name)[0]
         return student, finished
+
+    def _record(
+        self,
+        stage: Stage,
+        place: Path,
+        tracker: Tracker,
+        losses: dict[str, float],
+        models: tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerFast],
+    ) -> None:
+        """Writes down what a stage gave; its losses last, which tell that it is finished."""
+        tracker.log_metrics({f"distill/final/{name}": value for name, value in losses.items()})
+        tracker.log_figure(loss_curves(tracker.history, list(losses)), "plots/loss.png")
+        if not self._is_single:
+            save_student(*models, place / "student")
+            write_json(place / "losses.json", losses)
+            if stage.settings.profile:
+                tracker.log_artifact(place / "profile")
 
     def _caches(
         self,

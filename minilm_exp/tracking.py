@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 # MLflow phones home by default; nobody asked for that.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -20,11 +21,20 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run,
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy import make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
 from minilm_exp.errors import ExperimentError, reason_of
 from minilm_exp.redaction import redact
 
+T = TypeVar("T")
+# It logs a traceback each time that a database is locked.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+# Seconds before a store that does not answer is asked again; twice as many each time.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0
+# What a store is said to be that may come back. A full disk is told at once.
+_PASSING = ("TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED")
+_UNREACHABLE = "failed with exception"
+_LASTING = ("disk is full", "disk I/O error", "readonly database", "unable to open")
 # Tag of the runs that `Tracker.child` starts.
 _PART_OF = "part_of_run"
 
@@ -36,8 +46,12 @@ _MAX_PARAM_LENGTH = 6000
 class Tracker:
     """Writes one MLflow run. Passwords in URIs and tokens are blacked out in all it writes."""
 
-    def __init__(self, client: MlflowClient, run_id: str, resumed: bool) -> None:
-        self._client = client
+    def __init__(
+        self, client: MlflowClient, run_id: str, resumed: bool, retry_seconds: float = 0
+    ) -> None:
+        self._impatient = client
+        self._client = _patient(client, retry_seconds)
+        self._retry_seconds = retry_seconds
         self.run_id = run_id
         self._resumed = resumed
         self._last_steps: dict[str, int] = {}
@@ -65,11 +79,11 @@ class Tracker:
         """
         run_id = file.read_text("utf-8") if file is not None and file.is_file() else None
         if run_id is not None and _exists(self._client, run_id):
-            return _reopened(self._client, run_id)
+            return _reopened(self._impatient, run_id, self._retry_seconds)
         experiment_id = self._client.get_run(self.run_id).info.experiment_id
         parent = {MLFLOW_PARENT_RUN_ID: self.run_id, _PART_OF: self.run_id}
         run = self._client.create_run(experiment_id, run_name=name, tags=parent)
-        child = Tracker(self._client, run.info.run_id, resumed=False)
+        child = Tracker(self._impatient, run.info.run_id, False, self._retry_seconds)
         child.set_tags(tags)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -126,14 +140,48 @@ class Tracker:
         self._client.set_terminated(self.run_id, status)
 
     def fail(self, error: BaseException) -> None:
-        """Ends the run as FAILED, or KILLED by the user; a lost store must not hide the error."""
-        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        """Ends the run as FAILED, or KILLED by a signal; a lost store must not hide the error."""
+        status = status_of(error)
         reason = redact(f"{type(error).__name__}: {error}")
+        self._client = self._impatient  # it may be this that failed
         for record in (lambda: self.set_tags({"error": reason}), lambda: self.finish(status)):
             try:
                 record()
             except Exception as also:
                 _log.warning("the failure could not be recorded: %s", redact(str(also))[:300])
+
+
+class SilentTracker(Tracker):
+    """Of a process that follows another one, which records the run."""
+
+    def __init__(self) -> None:
+        self.run_id = ""
+
+    def log_metrics(self, metrics: dict[str, float], step: int = 0) -> None:
+        pass
+
+    def child(self, name: str, tags: dict[str, str], file: Path | None = None) -> Tracker:
+        return self
+
+    def log_params(self, params: dict[str, Any]) -> None:
+        pass
+
+    def set_tags(self, tags: dict[str, str]) -> None:
+        pass
+
+    def log_dataset(self, name: str, digest: str, source: str, context: str) -> None:
+        pass
+
+    def finish(self, status: str) -> None:
+        pass
+
+    def fail(self, error: BaseException) -> None:
+        pass
+
+
+def status_of(error: BaseException) -> str:
+    """KILLED where a signal or a scheduler ended the run, else FAILED."""
+    return "KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED"
 
 
 def start_tracking(
@@ -144,17 +192,32 @@ def start_tracking(
     run_id: str | None = None,
     parent_id: str | None = None,
     tags: dict[str, str] | None = None,
+    retry_seconds: float = 0,
+    is_known: bool = False,
 ) -> Tracker:
     """Opens the store and starts a run, or goes on with the run of the given id.
 
     With `parent_id` the new run stands below that one, if the store has it. It has its tags from
     its first moment on, so that it can be found however early its process is killed.
 
+    Args:
+        uri: The store.
+        experiment: Name of the experiment, which is made where there is none.
+        outputs: Folder for its lock and, without a server, its artifacts.
+        run_name: Of a new run.
+        run_id: Of the run to go on with.
+        parent_id: Of the run above.
+        tags: Of the run.
+        retry_seconds: How long a store that stops answering is asked again. One that does not
+            answer now is refused at once, for its address may be wrong.
+        is_known: Whether the store has answered before; then it is asked again now too.
+
     Raises:
         ExperimentError: The store cannot be reached.
     """
     outputs.mkdir(parents=True, exist_ok=True)
-    try:
+
+    def start() -> Tracker:
         # Two processes that create the same database at once would break each other.
         with FileLock(outputs / "mlflow.lock"):
             _create_whole(uri)
@@ -171,15 +234,18 @@ def start_tracking(
                 )
         if run_id is not None and _exists(client, run_id):
             end_interrupted(uri, run_id)
-            tracker = _reopened(client, run_id)
+            tracker = _reopened(client, run_id, retry_seconds)
             tracker.set_tags(tags or {})
             return tracker
-        tags = {name: redact(value)[:_MAX_TAG_LENGTH] for name, value in (tags or {}).items()}
+        own = {name: redact(value)[:_MAX_TAG_LENGTH] for name, value in (tags or {}).items()}
         if parent_id is not None and _exists(client, parent_id):
-            tags[MLFLOW_PARENT_RUN_ID] = parent_id
+            own[MLFLOW_PARENT_RUN_ID] = parent_id
             experiment_id = client.get_run(parent_id).info.experiment_id
-        run_id = client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id
-        return Tracker(client, run_id, resumed=False)
+        new = client.create_run(experiment_id, run_name=run_name, tags=own)
+        return Tracker(client, new.info.run_id, False, retry_seconds)
+
+    try:
+        return patiently(start, retry_seconds) if is_known else start()
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
         raise ExperimentError(
             redact(
@@ -221,11 +287,75 @@ def tag_run(uri: str, run_id: str, tags: dict[str, str]) -> None:
             client.set_tag(run_id, name, redact(value)[:_MAX_TAG_LENGTH])
 
 
-def _reopened(client: MlflowClient, run_id: str) -> Tracker:
-    client.update_run(run_id, status="RUNNING")
-    if "error" in client.get_run(run_id).data.tags:
-        client.delete_tag(run_id, "error")
-    return Tracker(client, run_id, resumed=True)
+def _reopened(client: MlflowClient, run_id: str, retry_seconds: float) -> Tracker:
+    patient = _patient(client, retry_seconds)
+    patient.update_run(run_id, status="RUNNING")
+    if "error" in patient.get_run(run_id).data.tags:
+        patient.delete_tag(run_id, "error")
+    return Tracker(client, run_id, True, retry_seconds)
+
+
+def patiently(call: Callable[[], T], seconds: float) -> T:
+    """What a call to the store gives, which is repeated for some time while that does not answer.
+
+    A call that did arrive although its answer was lost does no harm twice: metrics carry their time
+    and step, tags and params their name; at worst a run is there that never began.
+
+    Raises:
+        ExperimentError: It has not answered for so long.
+    """
+    start, pause = time.monotonic(), _FIRST_PAUSE
+    while True:
+        try:
+            return call()
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            if seconds <= 0 or not is_passing(error):
+                raise
+            left = start + seconds - time.monotonic()
+            if left <= 0:
+                raise ExperimentError(
+                    redact(
+                        f"MLflow's store has not answered for {seconds:g} s"
+                        f" (tracking.retry_seconds): {reason_of(error)}; when it is back,"
+                        " resume=true goes on from the last checkpoint"
+                    )
+                ) from error
+            if pause == _FIRST_PAUSE:
+                _log.warning(
+                    "MLflow's store does not answer, asking again for %g s: %s",
+                    seconds,
+                    redact(reason_of(error)),
+                )
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether a store that answers so may be back later."""
+    if any(words in str(error) for words in _LASTING):
+        return False
+    if isinstance(error, MlflowException):
+        return error.error_code in _PASSING or _UNREACHABLE in str(error)
+    return isinstance(error, (OperationalError, ConnectionError))
+
+
+def _patient(client: MlflowClient, seconds: float) -> MlflowClient:
+    return cast(MlflowClient, _PatientClient(client, seconds)) if seconds > 0 else client
+
+
+class _PatientClient:
+    """MLflow's client, each call of which is made `patiently`."""
+
+    def __init__(self, client: MlflowClient, seconds: float) -> None:
+        self._client, self._seconds = client, seconds
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._client, name)
+
+        def call(*given: Any, **named: Any) -> Any:
+            return patiently(lambda: function(*given, **named), self._seconds)
+
+        return call
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -252,7 +382,9 @@ def _create_whole(uri: str) -> None:
 def _exists(client: MlflowClient, run_id: str) -> bool:
     try:
         return client.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException:
+    except MlflowException as error:
+        if is_passing(error):
+            raise
         return False
 
 

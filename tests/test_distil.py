@@ -8,8 +8,10 @@ import copy
 import dataclasses
 import gzip
 import json
+import os
 import random
 import shutil
+import signal
 
 import pytest
 import torch
@@ -18,9 +20,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import Subset
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from minilm_exp import distil as distil_module
+from minilm_exp.checkpoints import last_whole_checkpoint
 from minilm_exp.corpus import fingerprint_corpus, prepare_corpus
-from minilm_exp.distil import distil, last_whole_checkpoint
-from minilm_exp.errors import ExperimentError
+from minilm_exp.distil import distil
+from minilm_exp.errors import ExperimentError, Interrupted
 from minilm_exp.objectives import build_objective
 from minilm_exp.parsing import parse
 from minilm_exp.states import StateTap, qkv_states
@@ -170,6 +174,7 @@ class Distillation:
         double=False,
         student=None,
         stop_at=None,
+        signal_at=None,
         packing=True,
         watch=None,
         profile_folder=None,
@@ -195,6 +200,8 @@ class Distillation:
                 watch(teacher, student)
             if step == stop_at:
                 raise Stopped
+            if signal_at is not None and step == signal_at[0]:
+                os.kill(os.getpid(), signal_at[1])
 
         checkpoints = self.folder / name
         try:
@@ -210,8 +217,8 @@ class Distillation:
                 log_metrics,
                 profile_folder=profile_folder,
             )
-        except Stopped:
-            losses = None
+        except (Stopped, Interrupted) as error:
+            losses, self.said = None, str(error)
         return Outcome(teacher, student, first_student, losses, logged, checkpoints)
 
 
@@ -557,6 +564,13 @@ def damage_model(folder):
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def damage_a_bit(folder):
+    file = folder / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def damage_optimiser(folder):
     (folder / "optimizer.pt").write_bytes(b"")
 
@@ -575,7 +589,7 @@ def remove_mark(folder):
 
 @pytest.mark.parametrize(
     "damage",
-    [damage_model, damage_optimiser, damage_random_state, damage_mark, remove_mark],
+    [damage_model, damage_a_bit, damage_optimiser, damage_random_state, damage_mark, remove_mark],
     ids=lambda function: function.__name__,
 )
 def test_cut_off_checkpoint_is_skipped_for_the_one_before(run, damage):
@@ -588,6 +602,71 @@ def test_cut_off_checkpoint_is_skipped_for_the_one_before(run, damage):
     resumed = run(name="run", resume=True, **settings)
     assert resumed.logged == [entry for entry in whole.logged if entry[0] > 2]
     assert are_equal(resumed.student, whole.student)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"logging_steps": 4, "evaluation_steps": 3}, id="within a log window"),
+        pytest.param({"logging_steps": 4, "evaluation_steps": 3, "microbatch_size": 4}, id="micro"),
+    ],
+)
+def test_signal_ends_after_its_step_with_a_checkpoint(run, number, changes):
+    """Half a step is lost, or the window of the log that the signal cut in two logs other means."""
+    settings = {"num_train": 20, "max_steps": 8, "checkpoint_steps": 100, "hidden_dropout": 0.1}
+    settings |= changes
+    whole = run(name="whole", **settings)
+    before = signal.getsignal(number)
+    stopped = run(name="stopped", signal_at=(3, number), **settings)
+    assert signal.getsignal(number) is before
+    assert stopped.losses is None and signal.Signals(number).name in run.said
+    last = last_whole_checkpoint(stopped.checkpoints)
+    # A metric of step 3 is logged when the step is over or, of an evaluation, before that.
+    assert last.name in ("checkpoint-3", "checkpoint-4") and last.name.split("-")[1] in run.said
+    resumed = run(name="stopped", resume=True, **settings)
+    assert are_equal(resumed.student, whole.student)
+    assert resumed.losses == whole.losses
+    assert stopped.logged + resumed.logged == whole.logged
+
+
+def test_a_second_signal_ends_at_once(run, monkeypatch):
+    """A user who presses Ctrl-C again waits for the end of a step that takes minutes."""
+    monkeypatch.setattr("minilm_exp.checkpoints._SAME_SIGNAL_SECONDS", -1)
+    signals = []
+
+    def watch(*_):
+        signals.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    outcome = run(max_steps=8, watch=watch)
+    assert "within a step" in run.said and len(signals) == 1
+    assert not list(outcome.checkpoints.glob("checkpoint-*"))
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_no_checkpoint(run):
+    """A folder of half of the files has the name of a checkpoint, or is in the way of the next."""
+    settings = {"num_train": 20, "max_steps": 4, "checkpoint_steps": 2, "hidden_dropout": 0.1}
+    whole = run(name="whole", **settings)
+    stopped = run(name="stopped", stop_at=3, **settings)
+    half = stopped.checkpoints / ".partial" / "checkpoint-4"
+    shutil.copytree(stopped.checkpoints / "checkpoint-2", half)
+    assert last_whole_checkpoint(stopped.checkpoints).name == "checkpoint-2"
+    resumed = run(name="stopped", resume=True, **settings)
+    assert are_equal(resumed.student, whole.student)
+    assert not half.exists()
+
+
+def test_a_clock_that_went_back_keeps_the_newest_checkpoint(run, tmp_path):
+    """The oldest by time is deleted, which is the one that has just been written."""
+    old = tmp_path / "run" / "checkpoint-0"
+    old.mkdir(parents=True)
+    os.utime(old, (2**32, 2**32))
+    outcome = run(name="run", max_steps=2, checkpoint_steps=1, keep_checkpoints=2)
+    names = {path.name for path in outcome.checkpoints.glob("checkpoint-*")}
+    assert names == {"checkpoint-1", "checkpoint-2"}
 
 
 def test_no_whole_checkpoint_is_a_fresh_start(run, tmp_path):
@@ -644,6 +723,47 @@ def test_not_a_number_in_a_weight_is_refused(run, base_settings, tokenizer):
         student.encoder.layer[0].output.dense.weight[0, 0] = float("nan")
     with pytest.raises(ExperimentError, match=r"nan at step 1.*training\.learning_rate"):
         run(student=student)
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 2])
+def test_batch_that_is_not_finite_is_named(run, monkeypatch, microbatch_size):
+    """Hours later nobody knows which text did it, or where to go on from."""
+    steps = 4
+    seen = {}
+
+    class Poisoned(distil_module.Distiller):
+        def forward(self, **inputs):
+            output = super().forward(**inputs)
+            if self.training:
+                step = seen.setdefault("calls", 0) // (
+                    BATCH_SIZE // (microbatch_size or BATCH_SIZE)
+                )
+                seen["calls"] += 1
+                if step == steps - 1 and "ids" not in seen:
+                    seen["ids"] = sorted(inputs["index"].tolist())
+                    output["loss"] = output["loss"] * float("nan")
+            return output
+
+    monkeypatch.setattr(distil_module, "Distiller", Poisoned)
+    with pytest.raises(ExperimentError) as raised:
+        run(max_steps=8, checkpoint_steps=2, microbatch_size=microbatch_size)
+    said = str(raised.value)
+    assert f"the loss is nan at step {steps}" in said
+    assert f"training examples {', '.join(map(str, seen['ids']))} (counted from 0)" in said
+    assert "the last good checkpoint is checkpoint-2" in said
+
+
+def test_gradient_that_is_not_finite_is_named(run, base_settings, tokenizer):
+    """A finite loss with an infinite gradient makes every weight NaN, and the next loss with it."""
+    student = make_student(base_settings, make_teacher(), tokenizer)
+    weight = student.encoder.layer[0].output.dense.weight
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = copy.deepcopy(student)
+    with pytest.raises(
+        ExperimentError, match=r"gradient has the norm (nan|inf) at step 1, training"
+    ):
+        run(student=student)
+    assert are_equal(student, before)
 
 
 def test_corpus_smaller_than_a_batch_is_refused(run):

@@ -11,12 +11,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Later files may import earlier ones, never the other way.
 ORDER = [
-    "errors", "redaction", "locks", "studies", "resolvers", "trial", "hub", "teacher_facts",
-    "task_settings", "objective_settings",
+    "errors", "processes", "redaction", "locks", "studies", "resolvers", "trial", "hub",
+    "teacher_facts", "task_settings", "objective_settings",
     "settings", "checks", "parsing", "precision", "provenance",
     "relations_block", "relations_triton", "relations", "attention", "states", "terms",
     "head_terms", "objectives", "teacher", "heads", "student", "masking", "vocabulary",
-    "documents", "corpus", "shuffle", "teacher_cache", "progress", "profiling", "distil",
+    "documents", "corpus", "shuffle", "teacher_cache", "progress", "profiling",
+    "checkpoints", "distil",
     "tasks.examples", "tasks.splits", "tasks.tables", "tasks.data",
     "tasks.next_passage", "tasks.answers", "tasks.spans",
     "tasks.metrics", "tasks.encode", "tasks.finetune", "tasks.similarity", "speed", "result",

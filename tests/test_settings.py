@@ -770,7 +770,7 @@ def test_relations_that_nothing_reads_are_refused(name, compose_config):
 NUMBERS_FROM_ZERO = {"seed", "training.warmup_steps", "training.weight_decay",
                      "runtime.num_workers", "training.hidden_dropout",
                      "training.attention_dropout", "training.adam_beta1",
-                     "training.adam_beta2"}  # fmt: skip
+                     "training.adam_beta2", "tracking.retry_seconds"}  # fmt: skip
 TASK_NUMBERS_FROM_ZERO = {"weight_decay", "doc_stride", "hidden_dropout", "attention_dropout",
                           "warmup_ratio"}  # fmt: skip
 # Facts of a teacher are compared with its checkpoint; these two are checked where they are used.

@@ -17,7 +17,7 @@ from conftest import REPOSITORY
 from hydra import compose, initialize_config_dir
 from omegaconf import read_write
 from optuna.trial import TrialState
-from test_run import client_of, command, environment, run
+from running import client_of, command, environment, run
 
 from minilm_exp.parsing import parse
 from minilm_exp.provenance import run_key

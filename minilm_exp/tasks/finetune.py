@@ -24,7 +24,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
@@ -32,7 +31,8 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from minilm_exp.attention import use_training_attention
-from minilm_exp.distil import Distiller, MarkWhole, take_up
+from minilm_exp.checkpoints import CheckpointedTrainer, take_up
+from minilm_exp.distil import Distiller
 from minilm_exp.errors import ExperimentError
 from minilm_exp.head_terms import label_loss
 from minilm_exp.heads import compute_heads_in_float32, head_parameters, put_under_head
@@ -183,15 +183,18 @@ def finetune(
             model=model if distiller is None else distiller,
             args=_training_arguments(job, folder, checkpoints is not None),
             data_collator=Collator(tokenizer, train.column_names),
-            train_dataset=train,
-            callbacks=[best, MarkWhole()],
+            train_dataset=_Numbered(train),
+            best=best,
+            keep_checkpoints=2,
+            subject=f"fine-tuning {title}",
+            remedy="lower task_training.learning_rate",
         )
         trainer.remove_callback(PrinterCallback)
         start = take_up(folder)
         if start is not None:
             best.load(start)
         try:
-            trainer.train(resume_from_checkpoint=str(start) if start else None)
+            trainer.train_whole(start)
         finally:
             if distiller is not None:
                 distiller.close()
@@ -231,7 +234,6 @@ def _training_arguments(job: Finetuning, folder: Path, saves: bool) -> TrainingA
         logging_nan_inf_filter=False,
         save_strategy="steps" if saves else "no",
         save_steps=job.checkpoint_steps,
-        save_total_limit=2,
         remove_unused_columns=False,
         label_names=[],
         report_to="none",
@@ -442,10 +444,25 @@ class Collator:
             row["labels"] if "labels" in row else [row["start_positions"], row["end_positions"]]
             for row in rows
         ]
-        return {**batch, "labels": torch.tensor(labels)}
+        numbers = torch.tensor([row["index"] for row in rows])
+        return {**batch, "labels": torch.tensor(labels), "index": numbers}
 
 
-class _Trainer(Trainer):
+class _Numbered(torch.utils.data.Dataset):
+    """Encoded examples with their numbers."""
+
+    def __init__(self, encoded: Dataset) -> None:
+        self.encoded = encoded
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
+        rows = self.encoded.__getitems__(numbers)
+        return [{**row, "index": number} for row, number in zip(rows, numbers)]
+
+
+class _Trainer(CheckpointedTrainer):
     """The library's training loop; of micro-batches each counts by its number of examples.
 
     Transformers 5.23 adds up the mean losses of the micro-batches of a step.
@@ -455,21 +472,21 @@ class _Trainer(Trainer):
         self,
         kind: str,
         log_metrics: Callable[[dict[str, float], int], None],
+        best: _BestEpoch,
         **arguments: Any,
     ) -> None:
-        super().__init__(**arguments)
-        self._kind, self._log_metrics = kind, log_metrics
-        self._sums: Tensor | None = None
-        self._num_steps = 0
+        super().__init__(callbacks=[best], **arguments)
+        self._kind, self._log_metrics, self._best = kind, log_metrics, best
 
     def get_batch_samples(self, *given: Any, **named: Any) -> Any:
         batches, _ = super().get_batch_samples(*given, **named)
         self._num_batches = len(batches)
         self._num_examples = max(1, sum(len(batch["input_ids"]) for batch in batches))
-        self._num_steps += 1
+        self._num_summed += 1
         return batches, None
 
     def compute_loss(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
+        numbers = inputs.pop("index").tolist()
         share = len(inputs["input_ids"]) / self._num_examples
         # The library divides by the number of micro-batches.
         weight = share * self._num_batches
@@ -477,29 +494,38 @@ class _Trainer(Trainer):
             output = model(**inputs)
             terms_T = output["terms"] * share
             self._sums = terms_T if self._sums is None else self._sums + terms_T
-            return output["loss"] * weight
-        labels = inputs.pop("labels")
-        output = model(**inputs)
-        logits = {State(name): output[name] for name in HEAD_STATES if name in output}
-        return label_loss(self._kind, logits, inputs["attention_mask"], labels) * weight
+            loss = output["loss"]
+        else:
+            labels = inputs.pop("labels")
+            output = model(**inputs)
+            logits = {State(name): output[name] for name in HEAD_STATES if name in output}
+            loss = label_loss(self._kind, logits, inputs["attention_mask"], labels)
+        self.note_loss(loss, numbers)
+        return loss * weight
+
+    def save_more(self, folder: Path) -> None:
+        self._best.save(folder)
+
+    def may_save(self) -> bool:
+        return not self._best.is_epoch_end(self.state)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Also the terms of an objective, each by itself, as means since the last time."""
         if "loss" in logs and self._sums is not None:
-            means = (self._sums / self._num_steps).tolist()
+            means = (self._sums / self._num_summed).tolist()
             assert isinstance(self.model, Distiller)
             names = self.model.objective.names
             self._log_metrics(
                 {f"loss/{name}": mean for name, mean in zip(names, means)}, self.state.global_step
             )
-            self._sums, self._num_steps = None, 0
+            self._sums, self._num_summed = None, 0
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
-        assert self.train_dataset is not None
+        assert isinstance(self.train_dataset, _Numbered)
         return _LikeLength(
             self.args.train_batch_size * self.args.gradient_accumulation_steps,
-            lengths=self.train_dataset["length"][:],
+            lengths=self.train_dataset.encoded["length"][:],
             seed=self.args.seed,
         )
 
@@ -558,20 +584,21 @@ class _BestEpoch(TrainerCallback):
         if self.bar is not None:
             self.bar.update()
         # What ends an epoch is saved when it has been scored.
-        if state.global_step % (state.max_steps // int(args.num_train_epochs)) == 0:
+        if self.is_epoch_end(state):
             control.should_save = False
+
+    def is_epoch_end(self, state: Any) -> bool:
+        """Whether the last step was the last of an epoch."""
+        return bool(state.global_step % (state.max_steps // self.job.settings.epochs) == 0)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not logs or "loss" not in logs:
             return
-        if not numpy.isfinite(float(logs["loss"])):
-            raise ExperimentError(
-                f"fine-tuning {self.title}: the loss is {logs['loss']} at step"
-                f" {state.global_step}; lower task_training.learning_rate"
-            )
         self.log_metrics({"loss": float(logs["loss"])}, state.global_step)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.is_epoch_end(state):  # a signal ended the training
+            return
         control.should_save = control.should_log = args.save_strategy != "no"
         if not self.scores:
             return
@@ -586,10 +613,9 @@ class _BestEpoch(TrainerCallback):
             self.metrics, self.predictions = metrics, predictions
             self.weights = _copy(self.model)
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """What is known of the epochs goes with the checkpoint."""
+    def save(self, folder: Path) -> None:
+        """Writes what is known of the epochs into a checkpoint."""
         if self.weights:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             save_file(self.weights, folder / _BEST_WEIGHTS)
             known = Scored(self.metrics, self.epochs, self.best_epoch, self.predictions)
             (folder / _BEST).write_text(json.dumps(asdict(known)), "utf-8")
