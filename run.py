@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -264,23 +265,28 @@ def main() -> None:
     # What a scheduler ends is recorded like what a person interrupts.
     signal.signal(signal.SIGTERM, _interrupt)
     sys.stderr = _RedactedStream(sys.stderr)
-    if _process() > 0:  # its log would lie beside that of the first
+    speaks = _process() == 0 or wants_traceback
+    own_stderr = sys.stderr
+    if not speaks:  # the first process speaks for all; its log would lie beside this one's
+        warnings.simplefilter("ignore")
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         sys.argv.append("hydra/job_logging=disabled")
     try:
         job()
     except KeyboardInterrupt as error:
         name = getattr(error, "signal_name", "SIGINT")
-        if _process() == 0:
-            print(f"{error or name}; resume=true goes on from the last checkpoint", file=sys.stderr)
+        print(f"{error or name}; resume=true goes on from the last checkpoint", file=sys.stderr)
         sys.exit(128 + signal.Signals[name].value)
     except Exception as error:
         reason = redact(_explain(error))
-        speaks = _tell_others(error, reason)
+        is_own = _tell_others(error, reason)
         if wants_traceback:
             raise
         if not _failed_jobs:
             where = f" in process {_process()}" if _process() > 0 else ""
-            sys.exit(f"error{where}: {reason}" if speaks else 1)
+            if is_own:
+                print(f"error{where}: {reason}", file=own_stderr)
+            sys.exit(1)
     finally:
         if len(_finished_jobs) > 1:
             from minilm_exp.summary import print_comparison

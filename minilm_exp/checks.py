@@ -99,6 +99,11 @@ def check_values(settings: Settings) -> None:
             f"runtime.device={runtime.device} is not cpu or cuda (choose one of several cards with"
             " CUDA_VISIBLE_DEVICES)"
         )
+    if runtime.shard_teacher and (runtime.teacher_cache == "true" or runtime.compile):
+        raise ExperimentError(
+            "runtime.shard_teacher=true: the processes must compute the teacher equally often and"
+            " uncompiled; set runtime.teacher_cache=auto and runtime.compile=false"
+        )
     positive: dict[str, float | None] = {
         "num_trials": settings.num_trials,
         "teacher.initializer_range": settings.teacher.initializer_range,

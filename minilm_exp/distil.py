@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, Subset
 from transformers import (
@@ -88,6 +89,7 @@ class Distiller(nn.Module):
         if caches is not None:
             wanted = set(qkv_states(next(iter(wanted)).layer))
         self._teacher = (StateTap(teacher, wanted),)
+        self.teacher_is_sharded = isinstance(teacher, FSDPModule)
         self.student = StateTap(student, objective.student_states)
         self.objective = objective
         self.teacher_dtype = teacher_dtype
@@ -127,7 +129,10 @@ class Distiller(nn.Module):
             taken = {name: tensor[rows] for name, tensor in inputs.items()}
             if self._teacher_ids is not None:
                 taken["input_ids"] = self._teacher_ids[taken["input_ids"]]
-            return self._teacher[0](attention_mask=mask, **taken)
+            states = self._teacher[0](attention_mask=mask, **taken)
+            if self.teacher_is_sharded:
+                processes.give_back_shares(self._teacher[0].encoder)
+            return states
 
         if self.caches is None or index is None:
             states = run_teacher(slice(None))
@@ -217,9 +222,14 @@ def distil(
             f" training.batch_size={training.batch_size}; give more text, or lower"
             " training.batch_size or corpus.block_length"
         )
-    for encoder in (teacher, student):
-        torch.nn.Module.to(encoder, settings.runtime.device)
-    objective.to(settings.runtime.device)
+    device = settings.runtime.device
+    if settings.runtime.shard_teacher:
+        layers = layers_of(teacher)
+        teacher = cast(PreTrainedModel, processes.sharded(teacher, layers, device))
+    else:
+        nn.Module.to(teacher, device)
+    nn.Module.to(student, device)
+    objective.to(device)
     distiller = Distiller(
         teacher,
         student,
@@ -381,8 +391,10 @@ class _DistillationTrainer(CheckpointedTrainer):
     def losses_on(self, examples: Any) -> dict[str, float]:
         """Mean over sequences of each term, and of the whole."""
         model = self._distiller.eval()
-        # Of several processes each takes its share.
+        # Of several processes each takes its share, or all of it where they share the teacher too.
         own = range(processes.rank(), len(examples), processes.size())
+        if self._distiller.teacher_is_sharded:
+            own = range(len(examples))
         loader = DataLoader(
             Subset(examples, own),
             batch_size=self.args.eval_batch_size,
@@ -491,9 +503,8 @@ def _training_arguments(settings: Settings, precision: str, checkpoints: Path) -
         save_steps=training.checkpoint_steps,
         remove_unused_columns=False,
         label_names=[],
-        # What the loss does not reach has no gradient, and no buffer changes.
+        # What the loss does not reach is left out, so there is nothing to look for.
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
         report_to="none",
         disable_tqdm=True,
     )

@@ -95,6 +95,10 @@ def run_experiment(
             _follow(settings)
             return None
         _check_processes(settings)
+    elif settings.runtime.shard_teacher:
+        raise ExperimentError(
+            "runtime.shard_teacher=true needs several processes: start run.py with torchrun"
+        )
     if settings.recipe.name == "prepare_corpus":
         return prepare_corpus(
             settings, load_tokenizer(settings.teacher), fingerprint_corpus(settings.corpus)

@@ -7,23 +7,27 @@ and, while they train, through a process group.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from minilm_exp.errors import ExperimentError
 
 T = TypeVar("T")
 _NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
-_MESSAGE, _FAILURE = "message", "failure"
+_MESSAGE, _HEARD, _FAILURE = "message", "heard", "failure"
 # A process that waits for the leader asks in this interval.
 _INTERVAL_SECONDS = 1
+_FAREWELL_SECONDS = 60
 _store: dist.Store | None = None
 
 
@@ -57,9 +61,18 @@ def have_met() -> bool:
 
 
 def tell_followers(message: dict[str, Any] | None) -> None:
-    """What `hear_leader` returns in the other processes."""
-    if _store is not None:
-        _store.set(_MESSAGE, json.dumps(message))
+    """What `hear_leader` returns in the other processes; with None there is nothing to do.
+
+    Then the leader waits a minute for them, since its end may be that of the store.
+    """
+    if _store is None:
+        return
+    _store.set(_MESSAGE, json.dumps(message))
+    start = time.monotonic()
+    while message is None and _store.add(_HEARD, 0) < size() - 1:
+        if time.monotonic() - start > _FAREWELL_SECONDS:
+            return
+        time.sleep(_INTERVAL_SECONDS / 10)
 
 
 def hear_leader() -> dict[str, Any] | None:
@@ -74,6 +87,7 @@ def hear_leader() -> dict[str, Any] | None:
             raise ExperimentError(reason)
         time.sleep(_INTERVAL_SECONDS)
     message: dict[str, Any] | None = json.loads(_store.get(_MESSAGE))
+    _store.add(_HEARD, 1)
     return message
 
 
@@ -170,3 +184,25 @@ def share(batch_size: int) -> int:
             " it, or torchrun's --nproc-per-node"
         )
     return batch_size // size()
+
+
+def sharded(model: nn.Module, layers: Iterable[nn.Module], device: str) -> nn.Module:
+    """A copy of a frozen model of which each process holds its share (FSDP2).
+
+    A layer is gathered while it is computed, so all processes must compute it equally often.
+    """
+    mesh = init_device_mesh("cuda" if device.startswith("cuda") else "cpu", (size(),))
+    names = {id(module): name for name, module in model.named_modules()}
+    copied = copy.deepcopy(model)
+    for layer in layers:
+        module = copied.get_submodule(names[id(layer)])
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    fully_shard(copied, mesh=mesh, reshard_after_forward=True)
+    return copied
+
+
+def give_back_shares(model: nn.Module) -> None:
+    """Frees what a sharded model gathered for a forward pass that was left before its end."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -228,6 +228,7 @@ class Runtime:
     relation_kernel: str
     teacher_cache: str
     teacher_cache_gb: float
+    shard_teacher: bool
 
 
 @dataclass

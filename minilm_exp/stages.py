@@ -265,8 +265,12 @@ class Chain:
     ) -> TeacherCaches | None:
         _check_cache(stage.settings, objective)
         layer = _cached_layer(objective)
+        reason = ""
         if layer is None:
             reason = "off: the objective needs more than query, key and value of one layer"
+        if stage.settings.runtime.shard_teacher:
+            reason = "off: runtime.shard_teacher=true"
+        if layer is None or reason:
             tracker.set_tags({"teacher_cache": reason})
             return None
         grid = self.grid if stage.teacher == "teacher" else (1, 1)
