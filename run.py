@@ -6,6 +6,7 @@ Hydra and to the terminal.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -200,12 +201,13 @@ def _explain(error: BaseException) -> str:
     """One message for people; the cause where Hydra wraps it."""
     if isinstance(error, ExperimentError):
         return str(error)
-    if "No space left on device" in str(error) or getattr(error, "errno", None) == 28:
+    if "No space left on device" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
         return "the disk is full: free space, or set outputs_dir to another disk; then resume=true"
     if "database or disk is full" in str(error):
         return "the disk of the tracking database is full: free space, or set outputs_dir"
-    if isinstance(error, PermissionError):
-        return f"{error.filename} cannot be written: change its rights, or set outputs_dir"
+    if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+        name = getattr(error, "filename", None) or "the folder of outputs"
+        return f"{name} cannot be written: change its rights, or set outputs_dir"
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         cause = error.__cause__
         return (

@@ -126,7 +126,8 @@ def prepare_corpus(
     held out, so that there is one.
 
     Raises:
-        ExperimentError: The corpus is unreadable, or too small for one block in each part.
+        ExperimentError: The corpus is unreadable, changed while it was read, or is too small for
+            one block in each part.
     """
     corpus = settings.corpus
     key = fingerprint_text(
@@ -147,7 +148,7 @@ def prepare_corpus(
     with FileLock(folder.with_name(f"{key}.lock")):
         meta = _read_cache(folder)
         if meta is None:
-            _build_cache(settings, tokenizer, folder)
+            _build_cache(settings, tokenizer, folder, fingerprint)
             meta = _read_cache(folder)
     if meta is None:
         raise ExperimentError(f"{folder} is damaged right after it was written: bad disk?")
@@ -212,7 +213,9 @@ def _read_cache(folder: Path) -> dict[str, Any] | None:
     return meta
 
 
-def _build_cache(settings: Settings, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def _build_cache(
+    settings: Settings, tokenizer: PreTrainedTokenizerFast, folder: Path, fingerprint: str
+) -> None:
     corpus = settings.corpus
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -257,6 +260,11 @@ def _build_cache(settings: Settings, tokenizer: PreTrainedTokenizerFast, folder:
                 f" {numbers['validation']} held out; give more text or more documents"
                 " (a blank line between them), change corpus.held_out_fraction, or lower"
                 " corpus.block_length"
+            )
+        if fingerprint_corpus(corpus) != fingerprint:
+            raise ExperimentError(
+                "the corpus changed while it was read (corpus.files or corpus.datasets): start the"
+                " run again when nothing writes to it"
             )
         meta = {
             "dtype": dtype,

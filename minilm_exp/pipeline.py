@@ -505,6 +505,7 @@ def _finish(tracker: Tracker, result: Result) -> None:
         tracker.log_metrics({"score": result.score})
     if (folder / "student").is_dir():
         tracker.log_artifact(folder / "student")
+        result.student_fingerprint = fingerprint_model(folder / "student")
     if (folder / "profile").is_dir():
         tracker.log_artifact(folder / "profile")
     result.status = "FINISHED"

@@ -24,6 +24,7 @@ class Result:
         replaces: Finished runs of the same key, by MLflow id, which this one stands for once it is
             finished.
         stages: Of a recipe with several stages, the validation losses of each.
+        student_fingerprint: Of the saved student's files, which tells when they are damaged.
         grids: By model and task every cell of a search, not only the best.
     """
 
@@ -48,6 +49,7 @@ class Result:
     elapsed_seconds: float | None = None
     made_by: dict[str, str] = field(default_factory=dict)
     replaces: list[str] = field(default_factory=list)
+    student_fingerprint: str | None = None
     error: str | None = None
 
     def scores_of(self, role: str) -> dict[str, float]:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from minilm_exp.checkpoints import last_whole_checkpoint
+from minilm_exp.provenance import fingerprint_model
 from minilm_exp.result import Result, read_result, read_results, standing
 from minilm_exp.settings import Settings
 
@@ -32,7 +33,10 @@ def run_name(settings: Settings) -> str:
 
 
 def finished_run(settings: Settings, key: str) -> Result | None:
-    """The finished run of this key whose student or fine-tuned models are still there, or None."""
+    """The finished run of this key whose student or fine-tuned models are still there, or None.
+
+    A student whose files are not those that were written is not there.
+    """
     needed = []
     if settings.recipe.name != "finetune" and settings.origin.settings.data == "corpus":
         needed.append("student/config.json")
@@ -42,9 +46,19 @@ def finished_run(settings: Settings, key: str) -> Result | None:
     elif not needed:
         needed.append("predictions")
     for result in standing_runs(settings, key):
-        if all((Path(result.folder) / name).exists() for name in needed):
+        if all((Path(result.folder) / name).exists() for name in needed) and _is_sound(result):
             return result
     return None
+
+
+def _is_sound(result: Result) -> bool:
+    student = Path(result.folder) / "student"
+    if result.student_fingerprint is None or not student.is_dir():
+        return True
+    if fingerprint_model(student) == result.student_fingerprint:
+        return True
+    _log.warning("%s is damaged: the run is made again beside it", student)
+    return False
 
 
 def standing_runs(settings: Settings, key: str) -> list[Result]:
