@@ -35,7 +35,8 @@ class Stop:
     """Notes SIGTERM and SIGINT while training, which then ends after its step and a checkpoint.
 
     A signal more than three seconds later ends the process at once. Threads get no signals: there
-    nothing is noted.
+    nothing is noted. SIGUSR2 is noted where somebody waits for it, as submitit does for Slurm's end
+    of time, and gets it when the checkpoint is there.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,9 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            waited_for = callable(signal.getsignal(signal.SIGUSR2))
+            usual = (signal.SIGTERM, signal.SIGINT)
+            for number in (*usual, *((signal.SIGUSR2,) if waited_for else ())):
                 self._former[number] = signal.signal(number, self._note)
         return self
 
@@ -112,6 +115,8 @@ class CheckpointedTrainer(Trainer):
         self.start = start
         with self.stop:
             self.train(resume_from_checkpoint=str(start) if start else None)
+        if self.stop.signal == "SIGUSR2":
+            signal.raise_signal(signal.SIGUSR2)
         if self.stop.signal is not None:
             step, saves = self.state.global_step, self.args.save_strategy != "no"
             raise Interrupted(

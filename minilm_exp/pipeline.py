@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import shutil
 import time
 from dataclasses import asdict
@@ -61,6 +62,7 @@ from minilm_exp.tracking import (
     SilentTracker,
     Tracker,
     end_interrupted,
+    finish_killed,
     start_tracking,
     status_of,
     tag_run,
@@ -117,11 +119,16 @@ def run_experiment(
             if trial is not None:
                 trial.started(finished.run_id)
                 tag_run(settings.tracking.uri, finished.run_id, trial.tags)
+            finish_killed(
+                settings.tracking.uri, finished.run_id, Path(finished.folder) / "result.json"
+            )
+            _clear(Path(finished.folder))
             processes.tell_followers(None)
             return finished
         folder, interrupted = choose_folder(settings, key)
         left = take_folder(folder, settings.resume)
-        tracker = _start(settings, left, interrupted, made_by, trial)
+        tags = {"run_key": key, "run_folder": str(folder), "host": platform.node()}
+        tracker = _start(settings, left, interrupted, made_by, trial, tags)
         result = Result(
             run_id=tracker.run_id,
             run_key=key,
@@ -391,17 +398,25 @@ def _start(
     interrupted: list[str],
     made_by: Result | None,
     trial: Trial | None,
+    tags: dict[str, str],
 ) -> Tracker:
-    """Below the run of the sweep, or that which made the checkpoint."""
+    """Below the run of the sweep, or that which made the checkpoint.
+
+    A process that was killed at once may have begun a run with these tags and no result; it goes
+    on.
+    """
     parent_id = made_by.run_id if made_by is not None else None
+    run_id = left.run_id if left is not None and settings.resume else None
     tracker = start_tracking(
         settings.tracking.uri,
         settings.tracking.experiment,
         settings.outputs,
         run_name(settings),
-        left.run_id if left is not None and settings.resume else None,
+        run_id,
         trial.parent_id if trial is not None else parent_id,
-        trial.tags if trial is not None else None,
+        tags | (trial.tags if trial is not None else {}),
+        # One process at a time may have them.
+        tags if tags and left is None else None,
         settings.tracking.retry_seconds,
         is_known=trial is not None,
     )
@@ -426,7 +441,7 @@ def _distillation_run(settings: Settings) -> Result | None:
 def _record_unstarted(settings: Settings, error: ExperimentError, trial: Trial | None) -> None:
     """A run that failed before anything could be computed is in MLflow too."""
     try:
-        tracker = _start(settings, None, [], _distillation_run(settings), trial)
+        tracker = _start(settings, None, [], _distillation_run(settings), trial, {})
         tracker.log_params(_params(settings))
         tracker.set_tags({"error": str(error), "seed": str(settings.seed)})
         tracker.finish("FAILED")
@@ -482,8 +497,6 @@ def _record_setting(
     }
     tracker.set_tags(
         {
-            "run_key": result.run_key,
-            "run_folder": result.folder,
             "seed": str(settings.seed),
             **{name: value for name, value in result.made_by.items() if name != "precision"},
             "meaningful": str(result.meaningful).lower(),
@@ -512,6 +525,11 @@ def _finish(tracker: Tracker, result: Result) -> None:
     result.write()
     tracker.log_artifact(folder / "result.json")
     tracker.finish("FINISHED")
+    _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Removes what only a run that goes on needs."""
     for name in ("checkpoints", "finetuning"):
         shutil.rmtree(folder / name, ignore_errors=True)
 

@@ -97,10 +97,11 @@ class Tracker:
 
     def log_params(self, params: dict[str, Any]) -> None:
         """Settings by name; a resumed run keeps those that it started with."""
-        if self._resumed:
-            return
+        known = self._client.get_run(self.run_id).data.params if self._resumed else {}
         entities = [
-            Param(name, redact(_param(value))[:_MAX_PARAM_LENGTH]) for name, value in params.items()
+            Param(name, redact(_param(value))[:_MAX_PARAM_LENGTH])
+            for name, value in params.items()
+            if name not in known
         ]
         for start in range(0, len(entities), 100):
             self._client.log_batch(self.run_id, params=entities[start : start + 100])
@@ -192,6 +193,7 @@ def start_tracking(
     run_id: str | None = None,
     parent_id: str | None = None,
     tags: dict[str, str] | None = None,
+    never_ended: dict[str, str] | None = None,
     retry_seconds: float = 0,
     is_known: bool = False,
 ) -> Tracker:
@@ -208,6 +210,8 @@ def start_tracking(
         run_id: Of the run to go on with.
         parent_id: Of the run above.
         tags: Of the run.
+        never_ended: Tags that only a killed process can have left at a run that is not ended; such
+            a run goes on.
         retry_seconds: How long a store that stops answering is asked again. One that does not
             answer now is refused at once, for its address may be wrong.
         is_known: Whether the store has answered before; then it is asked again now too.
@@ -232,9 +236,12 @@ def start_tracking(
                     experiment,
                     artifact_location=None if served else (outputs / "artifacts").as_uri(),
                 )
-        if run_id is not None and _exists(client, run_id):
-            end_interrupted(uri, run_id)
-            tracker = _reopened(client, run_id, retry_seconds)
+        known = run_id
+        if known is None and never_ended is not None:
+            known = _never_ended(client, experiment_id, never_ended)
+        if known is not None and _exists(client, known):
+            end_interrupted(uri, known)
+            tracker = _reopened(client, known, retry_seconds)
             tracker.set_tags(tags or {})
             return tracker
         own = {name: redact(value)[:_MAX_TAG_LENGTH] for name, value in (tags or {}).items()}
@@ -285,6 +292,17 @@ def tag_run(uri: str, run_id: str, tags: dict[str, str]) -> None:
     if _exists(client, run_id):
         for name, value in tags.items():
             client.set_tag(run_id, name, redact(value)[:_MAX_TAG_LENGTH])
+
+
+def finish_killed(uri: str, run_id: str, result: Path) -> None:
+    """Ends a run whose process was killed after it had written its result, and before this."""
+    client = MlflowClient(tracking_uri=uri)
+    try:
+        if _exists(client, run_id) and client.get_run(run_id).info.status == "RUNNING":
+            client.log_artifact(run_id, str(result))
+            client.set_terminated(run_id, "FINISHED")
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        _log.warning("MLflow's run %s could not be looked at: %s", run_id, reason_of(error))
 
 
 def _reopened(client: MlflowClient, run_id: str, retry_seconds: float) -> Tracker:
@@ -397,6 +415,14 @@ def end_interrupted(uri: str, run_id: str) -> None:
     for left in [run, *_children(client, run)]:
         if left.info.status == "RUNNING":
             client.set_terminated(left.info.run_id, "KILLED")
+
+
+def _never_ended(client: MlflowClient, experiment_id: str, tags: dict[str, str]) -> str | None:
+    """The run of an experiment that has these tags and is running, if there is one."""
+    wanted = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
+    query = " and ".join([*wanted, "attributes.status = 'RUNNING'"])
+    runs = client.search_runs([experiment_id], query, max_results=1)
+    return str(runs[0].info.run_id) if runs else None
 
 
 def end_tagged(uri: str, experiment: str, tag: str, value: str) -> None:

@@ -631,6 +631,23 @@ def test_signal_ends_after_its_step_with_a_checkpoint(run, number, changes):
     assert stopped.logged + resumed.logged == whole.logged
 
 
+def test_signal_of_a_scheduler_is_passed_on_after_the_checkpoint(run):
+    """Submitit puts the job into the queue again in the middle of a step."""
+    seen = []
+
+    def requeue(number, frame):
+        seen.append([path.name for path in (run.folder / "run").glob("checkpoint-*")])
+        raise SystemExit
+
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        with pytest.raises(SystemExit):
+            run(max_steps=8, signal_at=(3, signal.SIGUSR2))
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert len(seen) == 1 and len(seen[0]) == 1
+
+
 def test_a_second_signal_ends_at_once(run, monkeypatch):
     """A user who presses Ctrl-C again waits for the end of a step that takes minutes."""
     monkeypatch.setattr("minilm_exp.checkpoints._SAME_SIGNAL_SECONDS", -1)
