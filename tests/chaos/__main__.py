@@ -153,8 +153,11 @@ def disturb(
             outcome.moments[moment(outputs)] += 1
             victim.send(number)
             outcome.num_kills += 1
+            victim.wait(90)
             for process in processes:
-                process.wait(90)
+                if process is not victim:  # as torchrun does
+                    process.send(signal.SIGTERM)
+                    process.wait(90)
         finish(scenario, outputs)
         found = found_in(outputs)
         differences = [
