@@ -37,6 +37,7 @@ def register_resolvers() -> None:
         ("repository", lambda: str(REPOSITORY)),
         ("storage", _storage),
         ("study", lambda: sweep_state.study),
+        ("jobs_at_once", _jobs_at_once),
         ("trials_left", lambda total: _either(sweep_state.trials_left, total)),
         ("sampler_seed", lambda seed: seed + sweep_state.calls - 1),
         ("half", lambda number: _known(number) // 2),
@@ -49,6 +50,19 @@ def register_resolvers() -> None:
     if not OmegaConf.has_resolver("process"):
         # Hydra hands the cached value on to the jobs.
         OmegaConf.register_resolver("process", os.getpid, use_cache=True)
+
+
+def _jobs_at_once(launcher: Any) -> int:
+    """How many jobs a launcher computes at once, by its own settings; Hydra's own one."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    if "array_parallelism" in launcher:  # Slurm
+        return int(launcher.array_parallelism)
+    if "n_jobs" in launcher:  # joblib, which counts down from all cores
+        number = int(launcher.n_jobs)
+        return number if number > 0 else max(1, cores + 1 + number)
+    return max(1, cores // int(launcher.cpus_per_task)) if "cpus_per_task" in launcher else 1
 
 
 def _upper_layers(num_layers: int | None) -> str:

@@ -172,7 +172,7 @@ class SweepCallback(Callback):
         try:
             folder = _folder(config)
             folder.mkdir(parents=True, exist_ok=True)
-            self._alive = _life(str(folder), platform.node(), _tracking(config).studies)
+            self._alive = _life(str(folder), platform.node(), tracking_of(config).studies)
             self._alive.acquire(timeout=0)
             self._session = _start(config)
         except Exception as error:
@@ -187,14 +187,15 @@ class SweepCallback(Callback):
             self._alive.release()
         if self._session is not None:
             is_interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
-            _end(self._session, _tracking(config), is_interrupted)
+            _end(self._session, tracking_of(config), is_interrupted)
 
 
 def _folder(config: DictConfig) -> Path:
     return Path(os.path.abspath(str(config.hydra.sweep.dir)))
 
 
-def _tracking(config: DictConfig) -> Tracking:
+def tracking_of(config: DictConfig) -> Tracking:
+    """Its part of a config that was not parsed."""
     tracking = config.tracking
     return Tracking(str(tracking.uri), str(tracking.experiment), str(tracking.studies))
 
@@ -203,7 +204,7 @@ def _start(config: DictConfig) -> Session:
     hydra = config.hydra
     outputs = Path(os.path.abspath(os.path.expanduser(str(config.outputs_dir))))
     outputs.mkdir(parents=True, exist_ok=True)
-    sweep, tracking = str(hydra.runtime.choices.sweeps), _tracking(config)
+    sweep, tracking = str(hydra.runtime.choices.sweeps), tracking_of(config)
     space = _space(hydra)
     is_grid = hydra.runtime.choices["hydra/sweeper/sampler"] == "grid"
     directions = _directions(hydra.sweeper.direction)
