@@ -14,6 +14,7 @@ from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
 from omegaconf import DictConfig
 
 from minilm_exp.errors import ExperimentError, reason_of
+from minilm_exp.redaction import redact
 
 
 class Sweeper(OptunaSweeper):
@@ -44,38 +45,51 @@ class Relaunching(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """As the launcher does."""
-        returns: list[JobReturn] = []
-        for number_of_times in range(2):
-            try:
-                return self._launcher.launch(job_overrides, initial_job_idx)
-            except Exception as error:
-                if not _is_death(error):
-                    raise
-                reason = reason_of(error)
-                then = "each by itself" if number_of_times else "again"
-                print(
-                    f"a process of {len(job_overrides)} jobs was killed ({reason}): they are"
-                    f" launched {then}; what is finished is not computed again",
-                    file=sys.stderr,
-                    flush=True,
-                )
-        for number, overrides in enumerate(job_overrides, start=initial_job_idx):
-            try:
-                returns += self._launcher.launch([overrides], number)
-            except Exception as error:
-                if not _is_death(error):
-                    raise
-                returns.append(self._failed(number, reason_of(error)))
+        try:
+            return self._launcher.launch(job_overrides, initial_job_idx)
+        except Exception as error:
+            self._tell(error, f"its {len(job_overrides)} jobs are launched again")
+        try:
+            returns = list(self._launcher.launch(job_overrides, initial_job_idx))
+        except Exception as error:
+            self._tell(error, "now each job is launched by itself")
+            returns = [
+                self._launch_alone(overrides, number)
+                for number, overrides in enumerate(job_overrides, start=initial_job_idx)
+            ]
+        session, tracking = self._session()
+        if session is not None:
+            for number in range(len(returns)):
+                session.end_left(initial_job_idx + number, tracking)
         return returns
 
-    def _failed(self, job: int, reason: str) -> JobReturn:
-        from minilm_exp.sweeping import Session, tracking_of  # seconds, which not every run needs
+    def _launch_alone(self, overrides: Sequence[str], number: int) -> JobReturn:
+        try:
+            return self._launcher.launch([overrides], number)[0]
+        except Exception as error:
+            self._tell(error, "the job has failed")
+            reason = f"its process was killed three times, as by a lack of memory: {_short(error)}"
+            session, tracking = self._session()
+            if session is not None:
+                session.failed(number, reason, tracking)
+            return JobReturn(status=JobStatus.FAILED, _return_value=ExperimentError(reason))
 
-        reason = f"its process was killed three times, as by a lack of memory ({reason})"
-        session = Session.read(Path(str(self._config.hydra.sweep.dir)))
-        if session is not None:
-            session.failed(job, reason, tracking_of(self._config))
-        return JobReturn(status=JobStatus.FAILED, _return_value=ExperimentError(reason))
+    def _session(self) -> Any:
+        from minilm_exp.sweeping import Session, tracking_of  # seconds, which few calls need
+
+        folder = Path(str(self._config.hydra.sweep.dir))
+        return Session.read(folder), tracking_of(self._config)
+
+    def _tell(self, error: Exception, then: str) -> None:
+        """On the terminal; another error than the end of a process goes on upwards."""
+        if not _is_death(error):
+            raise error
+        text = f"a process was killed, as by a lack of memory: {then}; what is finished stands"
+        print(f"{text} ({_short(error)})", file=sys.stderr, flush=True)
+
+
+def _short(error: Exception) -> str:
+    return redact(reason_of(error))
 
 
 def _is_death(error: Exception) -> bool:

@@ -54,9 +54,7 @@ def register_resolvers() -> None:
 
 def _jobs_at_once(launcher: Any) -> int:
     """How many jobs a launcher computes at once, by its own settings; Hydra's own one."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = os.cpu_count() or 1
     if "array_parallelism" in launcher:  # Slurm
         return int(launcher.array_parallelism)
     if "n_jobs" in launcher:  # joblib, which counts down from all cores

@@ -123,6 +123,12 @@ class Session:
         with open_record(Path(self.outputs), self.sweep, self.name) as record:
             record.cell(values).error = reason
 
+    def end_left(self, job: int, tracking: Tracking) -> None:
+        """Marks MLflow runs of a job that has ended, but for one of its processes, as KILLED."""
+        number, _ = self._asked(job)
+        for tag, value in _tag(self.name, self.study, number).items():
+            end_tagged(tracking.uri, tracking.experiment, tag, value)
+
     def _asked(self, job: int) -> tuple[int, dict[str, str]]:
         lines = (Path(self.folder) / _TRIALS).read_text("utf-8").splitlines()
         trial = json.loads(lines[job])
