@@ -93,8 +93,10 @@ def _short(error: Exception) -> str:
 
 
 def _is_death(error: Exception) -> bool:
-    """Whether a launcher says that the process of a job ended without a result."""
+    """Whether a launcher says that a job ended without a result; sbatch's own errors are others."""
     submitit = sys.modules.get("submitit.core.utils")
+    if submitit is not None and isinstance(error, submitit.FailedJobError):
+        return "failed during processing" in str(error)
     return isinstance(error, BrokenProcessPool) or (
         submitit is not None and isinstance(error, submitit.UncompletedJobError)
     )

@@ -37,7 +37,7 @@ from optuna.trial import TrialState, create_trial
 from minilm_exp import resolvers
 from minilm_exp.errors import ExperimentError
 from minilm_exp.estimate import estimate_seconds
-from minilm_exp.locks import AdvisoryLock, is_postgres
+from minilm_exp.locks import RETRY_SECONDS, AdvisoryLock, is_postgres
 from minilm_exp.parsing import parse
 from minilm_exp.provenance import fingerprint_text, git_state
 from minilm_exp.redaction import redact
@@ -47,7 +47,7 @@ from minilm_exp.settings import NEUTRAL, TRIAL_VALUES, Tracking
 from minilm_exp.studies import SharedStorage
 from minilm_exp.sweep_record import Cell, Runs, SweepRecord, open_record
 from minilm_exp.sweep_summary import Plan, print_cells, print_end, print_search
-from minilm_exp.tracking import end_tagged, start_tracking
+from minilm_exp.tracking import end_interrupted, end_tagged, start_tracking
 from minilm_exp.trial import Trial
 
 # It warns of each trial of a process that finds the queue empty.
@@ -178,7 +178,8 @@ class SweepCallback(Callback):
         try:
             folder = _folder(config)
             folder.mkdir(parents=True, exist_ok=True)
-            self._alive = _life(str(folder), platform.node(), tracking_of(config).studies)
+            # A database that does not answer now may be a slip in its address.
+            self._alive = _life(str(folder), platform.node(), tracking_of(config).studies, 0)
             self._alive.acquire(timeout=0)
             self._session = _start(config)
         except Exception as error:
@@ -193,7 +194,13 @@ class SweepCallback(Callback):
             self._alive.release()
         if self._session is not None:
             is_interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
-            _end(self._session, tracking_of(config), is_interrupted)
+            tracking = tracking_of(config)
+            try:
+                _end(self._session, tracking, is_interrupted)
+            except ExperimentError:
+                # Of a database of studies that is gone; MLflow may be another one.
+                end_interrupted(tracking.uri, self._session.parent_id)
+                raise
 
 
 def _folder(config: DictConfig) -> Path:
@@ -487,10 +494,12 @@ def _end_dead_trials(study: optuna.Study, studies: str) -> list[optuna.trial.Fro
     return dead
 
 
-def _life(folder: str, host: str, studies: str) -> FileLock | AdvisoryLock:
+def _life(
+    folder: str, host: str, studies: str, retry_seconds: float = RETRY_SECONDS
+) -> FileLock | AdvisoryLock:
     """The lock that a sweep's process holds while it lives."""
     if is_postgres(studies):
-        return AdvisoryLock(studies, f"sweep {host} {folder}")
+        return AdvisoryLock(studies, f"sweep {host} {folder}", retry_seconds)
     return FileLock(Path(folder) / _ALIVE)
 
 

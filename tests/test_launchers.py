@@ -7,17 +7,21 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, new_database
 from hydra import compose, initialize_config_dir
+from hydra.core.utils import JobReturn
 from mlflow import MlflowClient
 from omegaconf import OmegaConf
 from optuna.trial import TrialState
-from test_run import environment, results
+from test_run import environment, results, runs_of
 from test_sweeping import all_finished, record_of, start, trials_of
 
+from minilm_exp.errors import ExperimentError
+from minilm_exp.launching import Relaunching
 from minilm_exp.resolvers import register_resolvers
 
 PRESETS = REPOSITORY / "conf" / "hydra" / "launcher"
@@ -174,3 +178,98 @@ def test_killed_job_is_taken_up(launcher, tiny_sweep, postgres, tmp_path, reques
         history = client.get_metric_history(one.info.run_id, "distill/loss/total")
         steps = [metric.step for metric in history]
         assert len(steps) == len(set(steps)) == (4 if one.info.status == "FINISHED" else 0)
+
+
+@pytest.mark.integration
+def test_sweep_outlives_a_restart_of_its_database(tiny_sweep, cluster, tmp_path):
+    """A sweep that ends, or computes a cell twice, as the database of studies was restarted."""
+    outputs = tmp_path / "outputs"
+    process = start(outputs, *tiny_sweep, "seed=1", f"tracking.studies={cluster.url}")
+    try:
+        while not statuses_of(outputs)["FINISHED"] and process.poll() is None:
+            time.sleep(0.02)
+        cluster.stop()
+        time.sleep(3)
+        cluster.start()
+        text = process.communicate(timeout=300)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0, text
+    assert "does not answer" in text and "3 of 3 cells are finished" in text
+    states = Counter(trial.state for trial in trials_of(outputs, cluster.url))
+    assert states == {TrialState.COMPLETE: 3}
+    statuses = Counter(
+        run.info.status for run in runs_of(outputs, record_of(outputs).run_id).values()
+    )
+    assert statuses == {"FINISHED": 3}
+
+
+class Deadly:
+    """A launcher one of whose jobs takes all of a call with it."""
+
+    def __init__(self, deadly):
+        self.deadly, self.calls = deadly, []
+
+    def launch(self, job_overrides, initial_job_idx):
+        self.calls.append((initial_job_idx, len(job_overrides)))
+        if [self.deadly] in job_overrides:
+            raise BrokenProcessPool("it is gone")
+        return [JobReturn(overrides=overrides) for overrides in job_overrides]
+
+
+def test_job_that_is_killed_each_time_fails_alone(tmp_path, capsys):
+    """A sweep that one job too large for the memory ends, or that tries it for ever."""
+    launcher = Deadly("seed=2")
+    config = OmegaConf.create(
+        {
+            "hydra": {"sweep": {"dir": str(tmp_path)}},
+            "tracking": {"uri": "sqlite://", "experiment": "x", "studies": "sqlite://"},
+        }
+    )
+    jobs = [["seed=1"], ["seed=2"], ["seed=3"]]
+    returns = Relaunching(launcher, config).launch(jobs, 7)
+    assert launcher.calls == [(7, 3), (7, 3), (7, 1), (8, 1), (9, 1)]
+    assert [r.overrides for r in (returns[0], returns[2])] == [jobs[0], jobs[2]]
+    with pytest.raises(ExperimentError, match="killed three times"):
+        _ = returns[1].return_value
+    told = capsys.readouterr().err
+    assert "3 jobs are launched again" in told and "launched by itself" in told
+
+
+SBATCH = """#!/bin/sh
+for script; do :; done
+cp "$script" {copy}
+echo "sbatch: error: no such partition" >&2
+exit 1
+"""
+
+
+def test_script_for_slurm(tmp_path, monkeypatch):
+    """Jobs without the GPU, the time or the requeueing that were asked for; a slip tried thrice."""
+    pytest.importorskip("submitit")
+    from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
+
+    for name, text in {"sbatch": SBATCH.format(copy=tmp_path / "script"), "srun": ""}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    register_resolvers()
+    overrides = [
+        "sweeps=relation_set", "hydra/launcher=submitit_slurm", f"hydra.sweep.dir={tmp_path}",
+        "hydra.launcher.partition=gpu", "hydra.launcher.array_parallelism=3",
+        "hydra.launcher.timeout_min=90", "hydra.job.name=run",
+    ]  # fmt: skip
+    with initialize_config_dir(str(REPOSITORY / "conf")):
+        config = compose("config", overrides, return_hydra_config=True)
+    options = OmegaConf.to_container(config.hydra.launcher, resolve=True)
+    options.pop("_target_")
+    launcher = Relaunching(SlurmLauncher(**options), config)
+    launcher._launcher.setup(hydra_context=None, task_function=None, config=config)
+    with pytest.raises(Exception, match="no such partition"):
+        launcher.launch([["seed=1"], ["seed=2"], ["seed=3"], ["seed=4"]], 0)
+    lines = (tmp_path / "script").read_text().splitlines()
+    for line in (
+        "array=0-3%3", "partition=gpu", "gpus-per-node=1", "cpus-per-task=8", "mem=32GB",
+        "time=90", "requeue", "open-mode=append", "job-name=run", "signal=USR2@120",
+    ):  # fmt: skip
+        assert f"#SBATCH --{line}" in lines, lines
