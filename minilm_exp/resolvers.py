@@ -60,7 +60,9 @@ def _jobs_at_once(launcher: Any) -> int:
     if "n_jobs" in launcher:  # joblib, which counts down from all cores
         number = int(launcher.n_jobs)
         return number if number > 0 else max(1, cores + 1 + number)
-    return max(1, cores // int(launcher.cpus_per_task)) if "cpus_per_task" in launcher else 1
+    if "cpus_per_task" in launcher:  # processes of this machine
+        return max(1, cores // int(launcher.cpus_per_task or 1))
+    return 1
 
 
 def _upper_layers(num_layers: int | None) -> str:
