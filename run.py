@@ -20,12 +20,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from minilm_exp.errors import ExperimentError, Interrupted
+from minilm_exp.launching import Sweeper
 from minilm_exp.redaction import redact
 from minilm_exp.resolvers import register_resolvers, sweep_state
 
@@ -36,6 +38,7 @@ _failed_jobs: list[str] = []
 _finished_jobs: list[tuple[list[str], Any]] = []
 
 register_resolvers()
+Plugins.instance().register(Sweeper)
 
 
 @hydra.main(
@@ -83,6 +86,9 @@ def _run(
     typed = {override.split("=")[0].lstrip("+~") for override in hydra_config.overrides.task}
     teacher_was_chosen = chosen.teacher != "minilm_l6" or "teacher" in typed
     settings = parse(config, teacher_was_chosen, typed)
+    if settings.runtime.num_threads is None:
+        # Of submitit's launchers; joblib tells its processes by itself.
+        settings.runtime.num_threads = hydra_config.launcher.get("cpus_per_task")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Heavy imports come after the config has been found right.
     import transformers
@@ -215,6 +221,8 @@ def _explain(error: BaseException) -> str:
             if cause is not None and str(cause) not in str(error)
             else str(error)
         )
+    if "hydra_plugins.hydra_submitit_launcher" in str(error):
+        return "this hydra/launcher needs submitit: pip install 'minilm_exp[cluster]'"
     return f"unexpected {type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)"
 
 

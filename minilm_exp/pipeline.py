@@ -112,7 +112,8 @@ def run_experiment(
         raise
     key = run_key(settings, precision, inputs)
     made_by = _distillation_run(settings)
-    with claim(settings.outputs, key, settings.tracking.studies, trial is not None):
+    studies, seconds = settings.tracking.studies, settings.tracking.retry_seconds
+    with claim(settings.outputs, key, studies, trial is not None, seconds):
         finished = finished_run(settings, key)
         if finished is not None and not (settings.rerun or settings.profile):
             _log.info("already finished: %s (rerun=true runs it again)", finished.folder)

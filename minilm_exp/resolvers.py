@@ -37,6 +37,7 @@ def register_resolvers() -> None:
         ("repository", lambda: str(REPOSITORY)),
         ("storage", _storage),
         ("study", lambda: sweep_state.study),
+        ("jobs_at_once", _jobs_at_once),
         ("trials_left", lambda total: _either(sweep_state.trials_left, total)),
         ("sampler_seed", lambda seed: seed + sweep_state.calls - 1),
         ("half", lambda number: _known(number) // 2),
@@ -49,6 +50,19 @@ def register_resolvers() -> None:
     if not OmegaConf.has_resolver("process"):
         # Hydra hands the cached value on to the jobs.
         OmegaConf.register_resolver("process", os.getpid, use_cache=True)
+
+
+def _jobs_at_once(launcher: Any) -> int:
+    """How many jobs a launcher computes at once, by its own settings; Hydra's own one."""
+    cores = os.cpu_count() or 1
+    if "array_parallelism" in launcher:  # Slurm
+        return int(launcher.array_parallelism)
+    if "n_jobs" in launcher:  # joblib, which counts down from all cores
+        number = int(launcher.n_jobs)
+        return number if number > 0 else max(1, cores + 1 + number)
+    if "cpus_per_task" in launcher:  # processes of this machine
+        return max(1, cores // int(launcher.cpus_per_task or 1))
+    return 1
 
 
 def _upper_layers(num_layers: int | None) -> str:
@@ -64,10 +78,10 @@ def _layer_shares(num_layers: int | None) -> str:
     return ",".join(dict.fromkeys(str(max(1, layers // part)) for part in (2, 3, 4)))
 
 
-def _storage(url: str) -> Any:
+def _storage(url: str, retry_seconds: float) -> Any:
     from minilm_exp.studies import SharedStorage  # a second, which only sweeps need
 
-    return SharedStorage(url)
+    return SharedStorage(url, retry_seconds)
 
 
 def _either(first: int | None, second: int) -> int:

@@ -47,7 +47,7 @@ from minilm_exp.settings import NEUTRAL, TRIAL_VALUES, Tracking
 from minilm_exp.studies import SharedStorage
 from minilm_exp.sweep_record import Cell, Runs, SweepRecord, open_record
 from minilm_exp.sweep_summary import Plan, print_cells, print_end, print_search
-from minilm_exp.tracking import end_tagged, start_tracking
+from minilm_exp.tracking import end_interrupted, end_tagged, start_tracking
 from minilm_exp.trial import Trial
 
 # It warns of each trial of a process that finds the queue empty.
@@ -115,13 +115,20 @@ class Session:
             outputs, name = Path(self.outputs), Cell(values).name
             tags = _tag(self.name, self.study, number) | {"error": reason}
             tracker = start_tracking(
-                tracking.uri, tracking.experiment, outputs, name, None, self.parent_id, tags
-            )
+                tracking.uri, tracking.experiment, outputs, name, None, self.parent_id, tags,
+                retry_seconds=tracking.retry_seconds, is_known=True,
+            )  # fmt: skip
             tracker.log_params(values)
             tracker.finish("FAILED")
             self._note(number, tracking, mlflow_run_id=tracker.run_id)
         with open_record(Path(self.outputs), self.sweep, self.name) as record:
             record.cell(values).error = reason
+
+    def end_left(self, job: int, tracking: Tracking) -> None:
+        """Marks MLflow runs of a job that has ended, but for one of its processes, as KILLED."""
+        number, _ = self._asked(job)
+        for tag, value in _tag(self.name, self.study, number).items():
+            end_tagged(tracking.uri, tracking.experiment, tag, value)
 
     def _asked(self, job: int) -> tuple[int, dict[str, str]]:
         lines = (Path(self.folder) / _TRIALS).read_text("utf-8").splitlines()
@@ -130,7 +137,7 @@ class Session:
 
     def _note(self, number: int, tracking: Tracking, **attributes: str) -> dict[str, Any]:
         """Sets attributes of a trial, and gives all that it has."""
-        storage = SharedStorage(tracking.studies)
+        storage = SharedStorage(tracking.studies, tracking.retry_seconds)
         study_id = storage.get_study_id_from_name(self.study)
         trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
         for name, value in attributes.items():
@@ -172,7 +179,8 @@ class SweepCallback(Callback):
         try:
             folder = _folder(config)
             folder.mkdir(parents=True, exist_ok=True)
-            self._alive = _life(str(folder), platform.node(), _tracking(config).studies)
+            # A database that does not answer now may be a slip in its address.
+            self._alive = _life(str(folder), platform.node(), tracking_of(config), 0)
             self._alive.acquire(timeout=0)
             self._session = _start(config)
         except Exception as error:
@@ -187,23 +195,35 @@ class SweepCallback(Callback):
             self._alive.release()
         if self._session is not None:
             is_interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
-            _end(self._session, _tracking(config), is_interrupted)
+            tracking = tracking_of(config)
+            try:
+                _end(self._session, tracking, is_interrupted)
+            except ExperimentError:
+                # Of a database of studies that is gone; MLflow may be another one.
+                end_interrupted(tracking.uri, self._session.parent_id)
+                raise
 
 
 def _folder(config: DictConfig) -> Path:
     return Path(os.path.abspath(str(config.hydra.sweep.dir)))
 
 
-def _tracking(config: DictConfig) -> Tracking:
+def tracking_of(config: DictConfig) -> Tracking:
+    """Its part of a config that was not parsed."""
     tracking = config.tracking
-    return Tracking(str(tracking.uri), str(tracking.experiment), str(tracking.studies))
+    return Tracking(
+        str(tracking.uri),
+        str(tracking.experiment),
+        str(tracking.studies),
+        float(tracking.retry_seconds),
+    )
 
 
 def _start(config: DictConfig) -> Session:
     hydra = config.hydra
     outputs = Path(os.path.abspath(os.path.expanduser(str(config.outputs_dir))))
     outputs.mkdir(parents=True, exist_ok=True)
-    sweep, tracking = str(hydra.runtime.choices.sweeps), _tracking(config)
+    sweep, tracking = str(hydra.runtime.choices.sweeps), tracking_of(config)
     space = _space(hydra)
     is_grid = hydra.runtime.choices["hydra/sweeper/sampler"] == "grid"
     directions = _directions(hydra.sweeper.direction)
@@ -236,11 +256,11 @@ def _start(config: DictConfig) -> Session:
         study_name = f"{name}-{fingerprint_text(repr([record.token, of_study]))[:8]}"
         study = optuna.create_study(
             study_name=study_name,
-            storage=SharedStorage(tracking.studies),
+            storage=SharedStorage(tracking.studies, tracking.retry_seconds),
             directions=directions,
             load_if_exists=True,
         )
-        for trial in _end_dead_trials(study, tracking.studies):
+        for trial in _end_dead_trials(study, tracking):
             for tag, value in _tag(name, study_name, trial.number).items():
                 end_tagged(tracking.uri, tracking.experiment, tag, value)
             if not is_grid:
@@ -257,6 +277,7 @@ def _start(config: DictConfig) -> Session:
         tracker = start_tracking(
             tracking.uri, tracking.experiment, outputs, name, record.run_id, None,
             {"sweep": sweep, "study": study_name, "command": shlex.join(record.commands[-1])},
+            retry_seconds=tracking.retry_seconds,
         )  # fmt: skip
         record.uri, record.run_id = redact(tracking.uri), tracker.run_id
         resolvers.sweep_state.calls = record.calls
@@ -267,11 +288,11 @@ def _start(config: DictConfig) -> Session:
         finished = [plan.finished is not None for plan in plans]
         while True:
             with open_record(outputs, sweep, name):
-                number = _enqueue(study, grid, finished, tracking.studies)
+                number = _enqueue(study, grid, finished, tracking)
             if number or _num_complete(study):
                 break
             # The sweeper asks for the best trial at its end, and there is none yet.
-            _wait_for_others(study, tracking.studies)
+            _wait_for_others(study, tracking)
     else:
         number = max(0, int(config.num_trials) - _num_complete(study))
         number += _ask_again(study, record, seed, runs, bool(config.rerun))
@@ -290,10 +311,12 @@ def _start(config: DictConfig) -> Session:
 
 
 def _end(session: Session, tracking: Tracking, is_interrupted: bool) -> None:
-    study = optuna.load_study(study_name=session.study, storage=SharedStorage(tracking.studies))
+    study = optuna.load_study(
+        study_name=session.study, storage=SharedStorage(tracking.studies, tracking.retry_seconds)
+    )
     if not is_interrupted:
-        _wait_for_others(study, tracking.studies)
-    is_open = bool(_alive_trials(study, tracking.studies))
+        _wait_for_others(study, tracking)
+    is_open = bool(_alive_trials(study, tracking))
     with open_record(Path(session.outputs), session.sweep, session.name) as record:
         record.num_complete = _num_complete(study) if not record.is_grid else 0
     runs = Runs(Path(session.outputs))
@@ -306,8 +329,9 @@ def _end(session: Session, tracking: Tracking, is_interrupted: bool) -> None:
     failed = [cell for cell in called if not runs.standing(cell)]
     resolvers.sweep_state.failed = tuple(cell.name for cell in failed)
     tracker = start_tracking(
-        tracking.uri, tracking.experiment, Path(session.outputs), session.name, session.parent_id
-    )
+        tracking.uri, tracking.experiment, Path(session.outputs), session.name, session.parent_id,
+        retry_seconds=tracking.retry_seconds, is_known=True,
+    )  # fmt: skip
     if not is_open:
         tracker.finish("KILLED" if is_interrupted else "FAILED" if failed else "FINISHED")
     print_end(record, failed, runs)
@@ -417,7 +441,7 @@ def _ask_again(
 
 
 def _enqueue(
-    study: optuna.Study, grid: dict[str, list[Any]], is_finished: list[bool], studies: str
+    study: optuna.Study, grid: dict[str, list[Any]], is_finished: list[bool], tracking: Tracking
 ) -> int:
     """Puts the cells that are neither finished nor being run into the study's queue.
 
@@ -428,7 +452,7 @@ def _enqueue(
     """
     trials = study.get_trials(deepcopy=False)
     complete = [t.params for t in trials if t.state == TrialState.COMPLETE]
-    running = [t.params for t in _alive_trials(study, studies)]
+    running = [t.params for t in _alive_trials(study, tracking)]
     waiting = [t.system_attrs.get("fixed_params") for t in trials if t.state == TrialState.WAITING]
     number = len(waiting)
     # Its bookkeeping fails for trials of a queue that have no place in the grid.
@@ -447,10 +471,10 @@ def _enqueue(
     return number
 
 
-def _wait_for_others(study: optuna.Study, studies: str) -> None:
-    if _alive_trials(study, studies):
+def _wait_for_others(study: optuna.Study, tracking: Tracking) -> None:
+    if _alive_trials(study, tracking):
         print("waiting for the cells that another process computes", flush=True)
-    while _alive_trials(study, studies):
+    while _alive_trials(study, tracking):
         time.sleep(2)
 
 
@@ -458,9 +482,9 @@ def _num_complete(study: optuna.Study) -> int:
     return len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
 
 
-def _alive_trials(study: optuna.Study, studies: str) -> list[optuna.trial.FrozenTrial]:
+def _alive_trials(study: optuna.Study, tracking: Tracking) -> list[optuna.trial.FrozenTrial]:
     running = study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
-    return [trial for trial in running if _is_alive(trial, studies)]
+    return [trial for trial in running if _is_alive(trial, tracking)]
 
 
 def _tag(name: str, study: str, number: int) -> dict[str, str]:
@@ -468,11 +492,11 @@ def _tag(name: str, study: str, number: int) -> dict[str, str]:
     return {f"sweep.{name}": f"{study} {number}"}
 
 
-def _end_dead_trials(study: optuna.Study, studies: str) -> list[optuna.trial.FrozenTrial]:
+def _end_dead_trials(study: optuna.Study, tracking: Tracking) -> list[optuna.trial.FrozenTrial]:
     """Marks trials of processes that were killed as FAILED, and gives them."""
     dead = []
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        if not _is_alive(trial, studies):
+        if not _is_alive(trial, tracking):
             storage: BaseStorage = study._storage
             storage.set_trial_user_attr(trial._trial_id, "error", "its process was killed")
             study.tell(trial.number, state=TrialState.FAIL)
@@ -480,14 +504,17 @@ def _end_dead_trials(study: optuna.Study, studies: str) -> list[optuna.trial.Fro
     return dead
 
 
-def _life(folder: str, host: str, studies: str) -> FileLock | AdvisoryLock:
+def _life(
+    folder: str, host: str, tracking: Tracking, retry_seconds: float | None = None
+) -> FileLock | AdvisoryLock:
     """The lock that a sweep's process holds while it lives."""
-    if is_postgres(studies):
-        return AdvisoryLock(studies, f"sweep {host} {folder}")
+    if is_postgres(tracking.studies):
+        seconds = tracking.retry_seconds if retry_seconds is None else retry_seconds
+        return AdvisoryLock(tracking.studies, f"sweep {host} {folder}", seconds)
     return FileLock(Path(folder) / _ALIVE)
 
 
-def _is_alive(trial: optuna.trial.FrozenTrial, studies: str) -> bool:
+def _is_alive(trial: optuna.trial.FrozenTrial, tracking: Tracking) -> bool:
     """Whether a running trial's process lives.
 
     Its lock says so. Without Postgres that is a file, and the process of another machine whose
@@ -496,8 +523,9 @@ def _is_alive(trial: optuna.trial.FrozenTrial, studies: str) -> bool:
     session, host = trial.user_attrs.get("session"), trial.user_attrs.get("host")
     if session is None:  # between the sweeper's question and `note_trial`, or killed there
         started = trial.datetime_start
-        return started is not None and datetime.now() - started < timedelta(minutes=1)
-    lock = _life(session, str(host), studies)
+        # Or in the future, if the clock went back.
+        return started is not None and abs(datetime.now() - started) < timedelta(minutes=1)
+    lock = _life(session, str(host), tracking)
     if isinstance(lock, FileLock) and not Path(lock.lock_file).exists():
         return host != platform.node()
     try:

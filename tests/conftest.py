@@ -58,49 +58,79 @@ def quick_collection():
     gc.unfreeze()
 
 
+class Cluster:
+    """A Postgres server of the tests' own."""
+
+    def __init__(self):
+        found = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path("/usr/local").glob("pgsql/bin")]
+        if on_path := shutil.which("initdb"):
+            found.append(Path(on_path).resolve().parent)
+        if not found:
+            pytest.skip("Postgres is not installed")
+        self._programs = found[-1]
+        self._folder = Path(tempfile.mkdtemp(prefix="minilm_exp-postgres-", dir="/tmp"))
+        # Postgres refuses to run as root.
+        self._as_user = []
+        if os.geteuid() == 0:
+            shutil.chown(self._folder, "postgres")
+            self._as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.url = f"postgresql://minilm@127.0.0.1:{self._port}/postgres"
+        initdb = [self._programs / "initdb", "-D", self._folder / "data", "-U", "minilm"]
+        subprocess.run(
+            [*self._as_user, *initdb, "-A", "trust", "--no-sync"],
+            check=True, capture_output=True, cwd=self._folder,
+        )  # fmt: skip
+        self.start()
+
+    def start(self):
+        self._server = subprocess.Popen(
+            [*self._as_user, self._programs / "postgres", "-D", self._folder / "data",
+             "-k", self._folder, "-h", "127.0.0.1", "-p", str(self._port), "-F"],
+            cwd=self._folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        ready = [self._programs / "pg_isready", "-h", "127.0.0.1", "-p", str(self._port), "-q"]
+        while subprocess.run(ready, check=False).returncode and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def stop(self):
+        self._server.send_signal(signal.SIGINT)  # which does not wait for clients
+        self._server.wait(30)
+
+    def remove(self):
+        if self._server.poll() is None:
+            self.stop()
+        shutil.rmtree(self._folder)
+
+
 @pytest.fixture(scope="session")
 def postgres():
     """Address of a Postgres database, of a cluster of its own that ends with the tests."""
-    installed = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path("/usr/local").glob("pgsql/bin")]
-    if on_path := shutil.which("initdb"):
-        installed.append(Path(on_path).resolve().parent)
-    if not installed:
-        pytest.skip("Postgres is not installed")
-    programs = installed[-1]
-    folder = Path(tempfile.mkdtemp(prefix="minilm_exp-postgres-", dir="/tmp"))
-    # Postgres refuses to run as root.
-    as_user = []
-    if os.geteuid() == 0:
-        shutil.chown(folder, "postgres")
-        as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    initdb = [
-        *as_user,
-        programs / "initdb",
-        "-D",
-        folder / "data",
-        "-U",
-        "minilm",
-        "-A",
-        "trust",
-        "--no-sync",
-    ]
-    subprocess.run(initdb, check=True, capture_output=True, cwd=folder)
-    server = subprocess.Popen(
-        [*as_user, programs / "postgres", "-D", folder / "data", "-k", folder,
-         "-h", "127.0.0.1", "-p", str(port), "-F"],
-        cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    ready = [programs / "pg_isready", "-h", "127.0.0.1", "-p", str(port), "-q"]
-    while subprocess.run(ready, check=False).returncode and time.monotonic() < deadline:
-        time.sleep(0.1)
-    yield f"postgresql://minilm@127.0.0.1:{port}/postgres"
-    server.send_signal(signal.SIGINT)  # which does not wait for clients
-    server.wait(30)
-    shutil.rmtree(folder)
+    cluster = Cluster()
+    yield cluster.url
+    cluster.remove()
+
+
+@pytest.fixture
+def cluster():
+    """A Postgres server that a test may stop."""
+    own = Cluster()
+    yield own
+    own.remove()
+
+
+def new_database(server):
+    """Address of a new database in a Postgres server."""
+    from sqlalchemy import NullPool, create_engine, make_url, text
+
+    name = f"tests_{time.time_ns()}"
+    engine = create_engine(server, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    return str(make_url(server).set(database=name))
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -108,14 +138,7 @@ def studies(request, tmp_path):
     """Address of a new database for studies."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/optuna.db"
-    from sqlalchemy import NullPool, create_engine, make_url, text
-
-    server = request.getfixturevalue("postgres")
-    name = f"studies_{time.time_ns()}"
-    engine = create_engine(server, poolclass=NullPool, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    return str(make_url(server).set(database=name))
+    return new_database(request.getfixturevalue("postgres"))
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,16 @@ import signal
 import threading
 import time
 
+import optuna
 import pytest
+from filelock import Timeout
 from sqlalchemy import NullPool, create_engine, text
 
+from minilm_exp import locks
 from minilm_exp.claims import claim
 from minilm_exp.errors import ExperimentError
+from minilm_exp.locks import AdvisoryLock
+from minilm_exp.studies import SharedStorage
 
 PROCESSES = multiprocessing.get_context("fork")
 
@@ -81,6 +86,81 @@ def test_lost_database_frees_a_claim_without_an_error(postgres, tmp_path):
         assert len(connection.execute(others).all()) == 1
     with claim(tmp_path / "another machine", "key", postgres, wait=False):
         pass
+
+
+def test_ended_connection_is_taken_again(postgres, caplog):
+    """A live sweep that is taken for dead for ever, or one that is robbed and does not say so."""
+    engine = create_engine(postgres, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    others = text("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+    first, second = AdvisoryLock(postgres, "x"), AdvisoryLock(postgres, "x")
+    with first, engine.connect() as connection:
+        for _ in range(2):
+            connection.execute(others)
+            time.sleep(2.5)
+            with pytest.raises(Timeout):
+                second.acquire(timeout=0)
+        connection.execute(others)
+        with second:
+            time.sleep(2.5)
+        assert "another process took it" in caplog.text
+        time.sleep(2.5)
+        with pytest.raises(Timeout):
+            second.acquire(timeout=0)
+    with second:
+        pass
+
+
+def test_restart_of_the_database_gives_no_claim_to_another(cluster, tmp_path, monkeypatch):
+    """A cell that two processes compute, as the database forgot who had it."""
+    monkeypatch.setattr(locks, "_REST", 4)
+    with claim(tmp_path, "key", cluster.url, wait=False):
+        for _ in range(2):
+            cluster.stop()
+            cluster.start()
+            refused = pytest.raises(ExperimentError, match="another process is computing this run")
+            with refused, claim(tmp_path / "another machine", "key", cluster.url, wait=False):
+                pass
+    with claim(tmp_path / "another machine", "key", cluster.url, wait=False):
+        pass
+
+
+def test_who_waits_for_a_claim_outlives_a_restart(cluster, tmp_path, monkeypatch):
+    """A sweep that ends since the database was restarted while it waited."""
+    monkeypatch.setattr(locks, "_REST", 3)
+    lock = AdvisoryLock(cluster.url, "x")
+    lock.acquire()
+    waiter = threading.Thread(target=AdvisoryLock(cluster.url, "x").acquire)
+    waiter.start()
+    time.sleep(1)
+    cluster.stop()
+    threading.Timer(2, cluster.start).start()
+    waiter.join(6)
+    assert waiter.is_alive()
+    lock.release()
+    waiter.join(30)
+    assert not waiter.is_alive()
+
+
+def test_lost_database_is_asked_again(cluster, monkeypatch):
+    """A sweep that a restart of the database ends, or that hangs where it stays away."""
+    monkeypatch.setattr(locks, "_REST", 0)
+    study = optuna.create_study(study_name="x", storage=SharedStorage(cluster.url))
+    cluster.stop()
+    threading.Timer(2, cluster.start).start()
+    trial = study.ask()
+    study.tell(trial, 1.0)
+    cluster.stop()
+    start = time.monotonic()
+    with pytest.raises(ExperimentError, match=r"tracking\.studies"):
+        SharedStorage(cluster.url, retry_seconds=3)
+    assert 3 <= time.monotonic() - start < 10
+    # All that a sweep does at its end would wait again.
+    start = time.monotonic()
+    with pytest.raises(ExperimentError, match="the same command goes on"):
+        study.ask()
+    assert time.monotonic() - start < 2
+    cluster.start()
+    assert [trial.value for trial in study.trials] == [1.0]
 
 
 @pytest.mark.parametrize("studies", ["postgresql://user:hunter2@127.0.0.1:9/x", "no address"])

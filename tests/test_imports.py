@@ -23,7 +23,7 @@ ORDER = [
     "tasks.metrics", "tasks.encode", "tasks.finetune", "tasks.similarity", "speed", "result",
     "claims", "run_folder", "export", "plots", "tracking", "stages", "task_stages",
     "downstream", "pipeline", "summary", "estimate", "sweep_record", "sweep_summary", "sweeping",
-    "pareto", "paper", "table_spec", "table_data", "tables", "figures",
+    "launching", "pareto", "paper", "table_spec", "table_data", "tables", "figures",
 ]  # fmt: skip
 
 
@@ -57,10 +57,20 @@ def test_imports_point_back(path):
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
-        ("hydra", {"sweeping"}),
+        ("hydra", {"launching", "sweeping"}),
         ("optuna", {"studies", "sweeping"}),
         ("mlflow", {"tracking"}),
-        ("omegaconf", {"resolvers", "parsing", "task_settings", "objective_settings", "sweeping"}),
+        (
+            "omegaconf",
+            {
+                "resolvers",
+                "parsing",
+                "task_settings",
+                "objective_settings",
+                "launching",
+                "sweeping",
+            },
+        ),
     ],
 )
 def test_libraries_stay_in_their_place(library, allowed):

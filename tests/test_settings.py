@@ -51,8 +51,11 @@ def options(group):
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-# What sweeps are made of is no group of a run's (tests/test_sweeping.py).
-GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "sweeping")
+# What sweeps are made of is no group of a run's (tests/test_sweeping.py, tests/test_launchers.py).
+OF_SWEEPS = {"hydra", "sweeping"}
+GROUPS = sorted(
+    path.name for path in CONF.iterdir() if path.is_dir() and path.name not in OF_SWEEPS
+)
 GLUE = ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]
 CHOICES = [f"{group}={name}" for group in GROUPS for name in options(group)]
 EXPERIMENTS = options("experiment")
