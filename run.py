@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
@@ -21,7 +22,9 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from minilm_exp.class_paths import CALLBACK, SEARCH_SPACE, refuse_code
 from minilm_exp.errors import ExperimentError
 from minilm_exp.redaction import redact
 from minilm_exp.resolvers import register_resolvers, sweep_state
@@ -33,14 +36,28 @@ _failed_jobs: list[str] = []
 _finished_jobs: list[tuple[list[str], Any]] = []
 
 register_resolvers()
+_compose = ConfigLoaderImpl._load_configuration
 
 
-@hydra.main(
-    config_path="conf", config_name="config", execution_whitelist=("minilm_exp.sweeping.*",)
-)
+def _compose_data(loader: ConfigLoaderImpl, *arguments: Any, **named: Any) -> DictConfig:
+    """Composes a config, and refuses one that names code before Hydra uses any of it."""
+    config = _compose(loader, *arguments, **named)
+    refuse_code(config)
+    return config
+
+
+# Hydra, of exactly this version, has no hook between composing and its first use: it configures
+# logging from the config, then builds callbacks.
+ConfigLoaderImpl._load_configuration = _compose_data  # type: ignore
+
+
+@hydra.main(config_path="conf", config_name="config", execution_whitelist=(CALLBACK, SEARCH_SPACE))
 def job(config: DictConfig) -> float | tuple[float | None, ...] | None:
     """One run; its score, or what else it is to return, is what a sweep goes by."""
     hydra_config = HydraConfig.get()
+    # Again, as a launcher may have composed it in a process of its own.
+    refuse_code(config)
+    refuse_code(OmegaConf.create({"hydra": hydra_config}))
     sweep = hydra_config.runtime.choices.get("sweeps")
     if hydra_config.mode != RunMode.MULTIRUN:
         if sweep is not None:
@@ -176,6 +193,8 @@ def _explain(error: BaseException) -> str:
             if cause is not None and str(cause) not in str(error)
             else str(error)
         )
+    if isinstance(error, YAMLError):
+        return f"not valid YAML: {' '.join(str(error).split())}"
     return f"unexpected {type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)"
 
 

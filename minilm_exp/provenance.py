@@ -156,7 +156,7 @@ def git_state() -> dict[str, str]:
         return {
             "commit": git("rev-parse", "HEAD").strip() or "unknown",
             "dirty": str(bool(git("status", "--porcelain", *code).strip())).lower(),
-            "diff": git("diff", "HEAD", *code),
+            "diff": git("diff", "--no-ext-diff", "HEAD", *code),
         }
     except OSError:  # git is not installed
         return {"commit": "unknown", "dirty": "unknown", "diff": ""}
