@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy
@@ -259,6 +260,8 @@ def distil(
         else:
             trainer.train(resume_from_checkpoint=str(start) if start else None)
         return trainer.final_losses()
+    except UnpicklingError as error:
+        raise ExperimentError(not_of_tensors(start)) from error
     finally:
         if profiler is not None:
             profiler.close()
@@ -439,6 +442,14 @@ class MarkWhole(TrainerCallback):
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
         (folder / _WHOLE).write_text(json.dumps(sizes), encoding="utf-8")
+
+
+def not_of_tensors(checkpoint: Path | None) -> str:
+    """What to do about a checkpoint that was not written by a run."""
+    return (
+        f"{checkpoint} has a file that is not made of tensors and numbers alone and would run"
+        " code: no run wrote it; remove that folder, and find out who put it there"
+    )
 
 
 def take_up(checkpoints: Path) -> Path | None:

@@ -11,4 +11,6 @@ class ExperimentError(Exception):
 
 def reason_of(error: Exception) -> str:
     """The first line of an error of a library, short enough for a message."""
+    if "weights_only" in str(error):  # torch advises to run the code of the file
+        return "its weights are not of tensors alone and would run code; get them as safetensors"
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -306,6 +306,7 @@ def _become_teacher(config: DictConfig, stage: Stage) -> None:
         "revision": None,
         "package": None,
         "path": None,
+        "trust_remote_code": False,
         "num_layers": student.num_layers,
         "hidden_size": student.hidden_size,
         "num_attention_heads": student.num_attention_heads,

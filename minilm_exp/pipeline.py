@@ -26,6 +26,7 @@ from minilm_exp.provenance import (
     fingerprint_model,
     fingerprint_text,
     git_state,
+    hub_commits,
     run_key,
     versions,
 )
@@ -416,7 +417,10 @@ def _record_setting(
         "device": device_name(settings.runtime.device),
         "threads": str(torch.get_num_threads()),
         **{f"input.{name}": fingerprint for name, fingerprint in inputs.items()},
+        **hub_commits(settings),
     }
+    if settings.teacher.trust_remote_code and "teacher" in inputs:
+        result.made_by["trust_remote_code"] = "true"
     tracker.set_tags(
         {
             "run_key": result.run_key,

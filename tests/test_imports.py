@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Later files may import earlier ones, never the other way.
 ORDER = [
     "errors", "class_paths", "redaction", "locks", "studies", "resolvers", "trial", "hub",
-    "teacher_facts", "task_settings", "objective_settings",
+    "teacher_facts", "checkpoint_code", "task_settings", "objective_settings",
     "settings", "checks", "parsing", "precision", "provenance",
     "relations_block", "relations_triton", "relations", "attention", "states", "terms",
     "head_terms", "objectives", "teacher", "heads", "student", "masking", "vocabulary",
