@@ -10,6 +10,8 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +28,15 @@ from yaml import YAMLError
 
 from minilm_exp.class_paths import CALLBACK, SEARCH_SPACE, refuse_code
 from minilm_exp.errors import ExperimentError
-from minilm_exp.redaction import redact
+from minilm_exp.redaction import redact, remember
 from minilm_exp.resolvers import register_resolvers, sweep_state
 
 if TYPE_CHECKING:
     from minilm_exp.sweeping import Session
 
 _failed_jobs: list[str] = []
+# Where Hydra may have kept the command line.
+_sweep_folders: list[Path] = []
 _finished_jobs: list[tuple[list[str], Any]] = []
 
 register_resolvers()
@@ -43,7 +47,16 @@ def _compose_data(loader: ConfigLoaderImpl, *arguments: Any, **named: Any) -> Di
     """Composes a config, and refuses one that names code before Hydra uses any of it."""
     config = _compose(loader, *arguments, **named)
     refuse_code(config)
+    _remember_passwords(config)
+    with suppress(OmegaConfBaseException):
+        _sweep_folders.append(Path(config.hydra.sweep.dir))
     return config
+
+
+def _remember_passwords(config: DictConfig) -> None:
+    for name in ("tracking.uri", "tracking.studies"):
+        with suppress(OmegaConfBaseException):
+            remember(OmegaConf.select(config, name))
 
 
 # Hydra, of exactly this version, has no hook between composing and its first use: it configures
@@ -58,6 +71,13 @@ def job(config: DictConfig) -> float | tuple[float | None, ...] | None:
     # Again, as a launcher may have composed it in a process of its own.
     refuse_code(config)
     refuse_code(OmegaConf.create({"hydra": hydra_config}))
+    _remember_passwords(config)
+    _redact_output()
+    if hydra_config.output_subdir is not None:
+        for file in Path(hydra_config.runtime.output_dir, hydra_config.output_subdir).glob(
+            "*.yaml"
+        ):
+            _redact_file(file)
     sweep = hydra_config.runtime.choices.get("sweeps")
     if hydra_config.mode != RunMode.MULTIRUN:
         if sweep is not None:
@@ -207,7 +227,7 @@ def _redact_file(path: Path) -> None:
 
 
 class _RedactedStream:
-    """Standard error without secrets: Hydra writes the overrides of a failed job to it."""
+    """What the terminal sees, without secrets: Hydra writes the overrides of a failed job to it."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -218,9 +238,15 @@ class _RedactedStream:
     def write(self, text: str) -> int:
         return int(self._stream.write(redact(text)))
 
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
 
-def _redact_logs() -> None:
-    """Every log record of every library, Hydra's echo of the overrides too."""
+
+def _redact_output() -> None:
+    """Every log record of every library, Hydra's echo of the overrides too, and the terminal."""
+    if isinstance(sys.stderr, _RedactedStream):
+        return
+    sys.stdout, sys.stderr = _RedactedStream(sys.stdout), _RedactedStream(sys.stderr)
     make = logging.getLogRecordFactory()
 
     def make_redacted(*arguments: object, **named: object) -> logging.LogRecord:
@@ -239,10 +265,9 @@ def main() -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     # Makes Hydra raise instead of printing its own shortened traceback.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    _redact_logs()
+    _redact_output()
     # What a scheduler ends is recorded like what a person interrupts.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.stderr = _RedactedStream(sys.stderr)
     try:
         job()
     except KeyboardInterrupt:
@@ -253,6 +278,8 @@ def main() -> None:
         if not _failed_jobs:
             sys.exit(f"error: {redact(_explain(error))}")
     finally:
+        for folder in _sweep_folders:
+            _redact_file(folder / "multirun.yaml")
         if len(_finished_jobs) > 1:
             from minilm_exp.summary import print_comparison
 

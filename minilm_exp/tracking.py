@@ -156,6 +156,7 @@ def start_tracking(
     outputs.mkdir(parents=True, exist_ok=True)
     try:
         # Two processes that create the same database at once would break each other.
+        experiment, run_name = redact(experiment), redact(run_name)
         with FileLock(outputs / "mlflow.lock"):
             _create_whole(uri)
             client = MlflowClient(tracking_uri=uri)
@@ -270,7 +271,7 @@ def end_interrupted(uri: str, run_id: str) -> None:
 def end_tagged(uri: str, experiment: str, tag: str, value: str) -> None:
     """Marks the running runs of an experiment that have this tag as KILLED, and their parts."""
     client = MlflowClient(tracking_uri=uri)
-    found = client.get_experiment_by_name(experiment)
+    found = client.get_experiment_by_name(redact(experiment))
     if found is not None:
         for run in client.search_runs([found.experiment_id], f"tags.`{tag}` = '{value}'"):
             end_interrupted(uri, run.info.run_id)
