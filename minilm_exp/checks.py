@@ -18,6 +18,7 @@ from minilm_exp.settings import (
     TRIAL_VALUES,
     Baseline,
     Settings,
+    flatten,
     init_layers,
     matching_files,
     max_tokens,
@@ -107,9 +108,22 @@ def check_trust(settings: Settings) -> None:
         )
 
 
+# Above these a slip of the pen would end in an overflow, or in a loop that does not end.
+_HIGHEST = {"student.num_layers": 10_000, "teacher.num_layers": 10_000, "runtime.num_threads": 4096,
+            "runtime.num_workers": 4096, "task_training.num_seeds": 10_000}  # fmt: skip
+
+
+def _check_magnitudes(settings: Settings) -> None:
+    for name, value in flatten(settings).items():
+        highest = _HIGHEST.get(name, 2**32 if name == "seed" else 2**31 - 1)
+        if type(value) is int and abs(value) > highest:
+            raise ExperimentError(f"{name}={value} must not be above {highest}")
+
+
 def check_values(settings: Settings) -> None:
     """Refuses values that are wrong by themselves, and a few pairs of them."""
     training, student, runtime = settings.training, settings.student, settings.runtime
+    _check_magnitudes(settings)
     check_trust(settings)
     for name, value, choices in (
         ("teacher.weights", settings.teacher.weights, ("pretrained", "random")),

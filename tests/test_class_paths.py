@@ -210,3 +210,19 @@ def test_nothing_in_the_package_evaluates_text_or_starts_a_shell():
         if wrong.search(line) and not line.lstrip().startswith("#")
     ]
     assert found == []
+
+
+def test_servers_are_for_this_machine_only():
+    """A database of runs that everybody in the network can read and delete."""
+    command = re.compile(r"\b(mlflow (ui|server)|optuna-dashboard)\b(?! and| binds?)(.*)")
+    files = [REPOSITORY / name for name in ("README.md", "Makefile", "CONTRIBUTING.md", "run.py")]
+    for folder, pattern in (("docs", "*.md"), ("sweeps", "*.md"), ("conf", "*.yaml"),
+                            ("minilm_exp", "*.py"), ("benchmarks", "*.py")):  # fmt: skip
+        files += sorted((REPOSITORY / folder).rglob(pattern))
+    found = [
+        (path.name, match[0])
+        for path in files
+        for match in command.finditer(path.read_text(encoding="utf-8"))
+    ]
+    assert len(found) >= 6
+    assert [(name, text) for name, text in found if "--host 127.0.0.1" not in text] == []

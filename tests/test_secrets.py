@@ -101,7 +101,7 @@ def test_secrets_are_written_nowhere(tmp_path):
              "hydra.output_subdir=.hydra", "task=none"]),
         (1, ["corpus.text_column=${oc.env:DB_PASSWORD}", "corpus.split=${oc.env:SOME_CREDENTIALS}",
              "hydra.output_subdir=.hydra"]),
-        (1, ["tracking.uri='postgresql://user:${oc.env:DB_PASSWORD}@127.0.0.1:9/x'", "seed=3"]),
+        (1, ["tracking.studies='postgresql://user:${oc.env:DB_PASSWORD}@127.0.0.1:9/x'", "seed=3"]),
         (1, ["-m", "seed=1,2", "hydra.verbose=true", "student.num_layers=x",
              "tracking.uri=notadb://user:typed%40GGGG@127.0.0.1:9/x"]),
         (1, ["-m", "sweeps=relation_set", "relations=kk,qq", "task=none",
