@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Both commands install from the same exact versions.
 STAMP := $(VENV)/.installed
+AUDIT := $(VENV)/audit
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-seeds sweep table figure test lint bench bench-quick lock ui clean
+.PHONY: help install demo demo-seeds sweep table figure test fuzz audit lint bench bench-quick lock ui clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -39,6 +40,19 @@ figure: $(STAMP) ## draw the figure of a sweep: NAME=teacher_layer
 
 test: $(STAMP) ## run the tests (8 minutes on 2 cores, no network)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# other cases each time, 20 times as many as `make test` has; TIMES=100 draws more
+fuzz: $(STAMP) ## hostile configs, texts and task files, drawn at random (15 minutes)
+	OMP_NUM_THREADS=1 FUZZ_TIMES=$(or $(TIMES),20) $(BIN)/python -m pytest tests/test_fuzz.py
+
+# in an environment of its own, so that requirements.lock does not name what only this needs
+audit: ## look for known vulnerabilities in what requirements.lock installs (needs the network)
+	test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) \
+	  && $(AUDIT)/bin/python -m pip install pip-audit==2.10.1; }
+	$(AUDIT)/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --strict \
+	  --progress-spinner off || { echo "make audit: NOT PASSED. Either vulnerabilities are listed \
+	above, or the service that knows them could not be asked, and then nothing was checked." >&2; \
+	exit 1; }
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -12,11 +12,14 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
@@ -25,28 +28,62 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from minilm_exp.class_paths import CALLBACK, SEARCH_SPACE, refuse_code
 from minilm_exp.errors import ExperimentError, Interrupted
 from minilm_exp.launching import Sweeper
-from minilm_exp.redaction import redact
+from minilm_exp.redaction import redact, remember
 from minilm_exp.resolvers import register_resolvers, sweep_state
 
 if TYPE_CHECKING:
     from minilm_exp.sweeping import Session
 
 _failed_jobs: list[str] = []
+# Where Hydra may have kept the command line.
+_sweep_folders: list[Path] = []
 _finished_jobs: list[tuple[list[str], Any]] = []
 
 register_resolvers()
 Plugins.instance().register(Sweeper)
+_compose = ConfigLoaderImpl._load_configuration
 
 
-@hydra.main(
-    config_path="conf", config_name="config", execution_whitelist=("minilm_exp.sweeping.*",)
-)
+def _compose_data(loader: ConfigLoaderImpl, *arguments: Any, **named: Any) -> DictConfig:
+    """Composes a config, and refuses one that names code before Hydra uses any of it."""
+    config = _compose(loader, *arguments, **named)
+    refuse_code(config)
+    _remember_passwords(config)
+    with suppress(OmegaConfBaseException):
+        _sweep_folders.append(Path(config.hydra.sweep.dir))
+    return config
+
+
+def _remember_passwords(config: DictConfig) -> None:
+    for name in ("tracking.uri", "tracking.studies"):
+        with suppress(OmegaConfBaseException):
+            remember(OmegaConf.select(config, name))
+
+
+# Hydra, of exactly this version, has no hook between composing and its first use: it configures
+# logging from the config, then builds callbacks.
+ConfigLoaderImpl._load_configuration = _compose_data  # type: ignore
+
+
+@hydra.main(config_path="conf", config_name="config", execution_whitelist=(CALLBACK, SEARCH_SPACE))
 def job(config: DictConfig) -> float | tuple[float | None, ...] | None:
     """One run; its score, or what else it is to return, is what a sweep goes by."""
     hydra_config = HydraConfig.get()
+    # Again, as a launcher may have composed it in a process of its own.
+    refuse_code(config)
+    refuse_code(OmegaConf.create({"hydra": hydra_config}))
+    _remember_passwords(config)
+    _redact_output()
+    if hydra_config.output_subdir is not None:
+        for file in Path(hydra_config.runtime.output_dir, hydra_config.output_subdir).glob(
+            "*.yaml"
+        ):
+            _redact_file(file)
     sweep = hydra_config.runtime.choices.get("sweeps")
     if hydra_config.mode != RunMode.MULTIRUN:
         if sweep is not None:
@@ -223,6 +260,8 @@ def _explain(error: BaseException) -> str:
         )
     if "hydra_plugins.hydra_submitit_launcher" in str(error):
         return "this hydra/launcher needs submitit: pip install 'minilm_exp[cluster]'"
+    if isinstance(error, YAMLError):
+        return f"not valid YAML: {' '.join(str(error).split())}"
     return f"unexpected {type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)"
 
 
@@ -235,7 +274,7 @@ def _redact_file(path: Path) -> None:
 
 
 class _RedactedStream:
-    """Standard error without secrets: Hydra writes the overrides of a failed job to it."""
+    """What the terminal sees, without secrets: Hydra writes the overrides of a failed job to it."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -246,9 +285,15 @@ class _RedactedStream:
     def write(self, text: str) -> int:
         return int(self._stream.write(redact(text)))
 
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
 
-def _redact_logs() -> None:
-    """Every log record of every library, Hydra's echo of the overrides too."""
+
+def _redact_output() -> None:
+    """Every log record of every library, Hydra's echo of the overrides too, and the terminal."""
+    if isinstance(sys.stderr, _RedactedStream):
+        return
+    sys.stdout, sys.stderr = _RedactedStream(sys.stdout), _RedactedStream(sys.stderr)
     make = logging.getLogRecordFactory()
 
     def make_redacted(*arguments: object, **named: object) -> logging.LogRecord:
@@ -271,10 +316,9 @@ def main() -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     # Makes Hydra raise instead of printing its own shortened traceback.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    _redact_logs()
+    _redact_output()
     # What a scheduler ends is recorded like what a person interrupts.
     signal.signal(signal.SIGTERM, _interrupt)
-    sys.stderr = _RedactedStream(sys.stderr)
     speaks = _process() == 0 or wants_traceback
     own_stderr = sys.stderr
     if not speaks:  # the first process speaks for all; its log would lie beside this one's
@@ -298,6 +342,8 @@ def main() -> None:
                 print(f"error{where}: {reason}", file=own_stderr)
             sys.exit(1)
     finally:
+        for folder in _sweep_folders:
+            _redact_file(folder / "multirun.yaml")
         if len(_finished_jobs) > 1:
             from minilm_exp.summary import print_comparison
 

@@ -238,6 +238,14 @@ class _Steps(TrainerCallback):
             control.should_save = args.save_strategy != "no" and self._trainer.may_save()
 
 
+def not_of_tensors(checkpoint: Path | None) -> str:
+    """What to do about a checkpoint that was not written by a run."""
+    return (
+        f"{checkpoint} has a file that is not made of tensors and numbers alone and would run"
+        " code: no run wrote it; remove that folder, and find out who put it there"
+    )
+
+
 def take_up(checkpoints: Path) -> Path | None:
     """The latest whole checkpoint, or None; what was written after it is removed."""
     start = last_whole_checkpoint(checkpoints)

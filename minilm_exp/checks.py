@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 from minilm_exp.errors import ExperimentError
+from minilm_exp.hub import COMMIT
 from minilm_exp.objective_settings import STATE_LETTERS, RelationTerm, check_terms
 from minilm_exp.settings import (
     ROLES,
     TRIAL_VALUES,
     Baseline,
     Settings,
+    flatten,
     init_layers,
     matching_files,
     max_tokens,
@@ -78,9 +81,50 @@ def check_student(settings: Settings, facts: dict[str, Any] | None) -> None:
         )
 
 
+def check_trust(settings: Settings) -> None:
+    """Refuses code of a checkpoint that nothing pins, that there is not, or that is not used."""
+    teacher = settings.teacher
+    if not teacher.trust_remote_code or "teacher" in settings.unread_groups:
+        return
+    fixed = settings.recipe.name == "prepare_corpus"
+    trained = [name for name, task in settings.tasks.items() if task.is_trained and not fixed]
+    if trained:
+        raise ExperimentError(
+            f"teacher.trust_remote_code=true: a task's head is built without code of a checkpoint,"
+            f" so {trained[0]} cannot be fine-tuned: set task=none"
+        )
+    source = teacher.path or (None if teacher.package else teacher.hub_id)
+    if teacher.weights == "random" or source is None:
+        raise ExperimentError(
+            "teacher.trust_remote_code=true makes no difference with teacher.weights=random or a"
+            " teacher of a package, whose code is installed: leave it out"
+        )
+    is_here = Path(source).expanduser().is_dir()
+    if not is_here and not COMMIT.fullmatch(teacher.revision or ""):
+        raise ExperimentError(
+            f"teacher.trust_remote_code=true runs code of {source}, so"
+            f" teacher.revision={teacher.revision} must be a full commit of 40 digits, whose code"
+            " you have read"
+        )
+
+
+# Above these a slip of the pen would end in an overflow, or in a loop that does not end.
+_HIGHEST = {"student.num_layers": 10_000, "teacher.num_layers": 10_000, "runtime.num_threads": 4096,
+            "runtime.num_workers": 4096, "task_training.num_seeds": 10_000}  # fmt: skip
+
+
+def _check_magnitudes(settings: Settings) -> None:
+    for name, value in flatten(settings).items():
+        highest = _HIGHEST.get(name, 2**32 if name == "seed" else 2**31 - 1)
+        if type(value) is int and abs(value) > highest:
+            raise ExperimentError(f"{name}={value} must not be above {highest}")
+
+
 def check_values(settings: Settings) -> None:
     """Refuses values that are wrong by themselves, and a few pairs of them."""
     training, student, runtime = settings.training, settings.student, settings.runtime
+    _check_magnitudes(settings)
+    check_trust(settings)
     for name, value, choices in (
         ("teacher.weights", settings.teacher.weights, ("pretrained", "random")),
         ("student.init", student.init, ("random", "teacher_layers", "auto")),

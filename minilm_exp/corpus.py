@@ -8,7 +8,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minilm_exp.documents import demo_file, read_documents, read_token_ids, sentences
 from minilm_exp.errors import ExperimentError
-from minilm_exp.hub import hub_commit
+from minilm_exp.hub import pinned_commit
 from minilm_exp.provenance import fingerprint_files, fingerprint_text, fingerprint_tokenizer
 from minilm_exp.settings import Corpus, Settings, matching_files
 
@@ -183,10 +182,8 @@ def _resolve(source: Any) -> str:
     folder = Path(source.path)
     if folder.is_dir():
         return fingerprint_files(sorted(path for path in folder.rglob("*") if path.is_file()))
-    if source.revision and re.fullmatch(r"[0-9a-f]{40}", source.revision):
-        return str(source.revision)  # a commit needs no asking
     try:
-        return hub_commit(source.path, source.revision, "dataset")
+        return str(pinned_commit(source.path, source.revision, "dataset"))
     except Exception as error:  # the hub client raises many kinds, all meaning the same here
         raise ExperimentError(
             f"the data set {source.path} cannot be had from the hub ({type(error).__name__}); give"

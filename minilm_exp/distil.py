@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import numpy
@@ -26,7 +27,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from minilm_exp import processes
-from minilm_exp.checkpoints import CheckpointedTrainer, step_of, take_up
+from minilm_exp.checkpoints import CheckpointedTrainer, not_of_tensors, step_of, take_up
 from minilm_exp.corpus import PreparedCorpus
 from minilm_exp.errors import ExperimentError
 from minilm_exp.masking import Masker
@@ -270,6 +271,8 @@ def distil(
         else:
             trainer.train_whole(start)
         return trainer.final_losses()
+    except UnpicklingError as error:
+        raise ExperimentError(not_of_tensors(start)) from error
     finally:
         if profiler is not None:
             profiler.close()

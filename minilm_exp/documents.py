@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minilm_exp.errors import ExperimentError, reason_of
+from minilm_exp.hub import pinned_commit
 from minilm_exp.settings import Corpus, matching_files
 
 # A longer document (a book) is cut at a paragraph's end, so that the held-out share of a corpus of
@@ -214,7 +215,8 @@ def _read_datasets(corpus: Corpus) -> Iterator[str]:
                 source.path,
                 source.name,
                 split=source.split,
-                revision=source.revision,
+                # The commit by which the corpus is known, also where a branch has moved since.
+                revision=pinned_commit(source.path, source.revision, "dataset"),
                 streaming=True,
             )
             for row in rows:

@@ -24,4 +24,11 @@ class Interrupted(KeyboardInterrupt):
 
 def reason_of(error: Exception) -> str:
     """The first line of an error of a library, short enough for a message."""
+    if "weights_only" in str(error):  # torch advises to run the code of the file
+        return "its weights are not of tensors alone and would run code; get them as safetensors"
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def key_of(error: Exception) -> str:
+    """The setting that an error of OmegaConf is about; empty where it does not say."""
+    return str(getattr(error, "full_key", None) or "")

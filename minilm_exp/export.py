@@ -15,7 +15,7 @@ from minilm_exp.objective_settings import (
     RelationTerm,
     StateTerm,
 )
-from minilm_exp.redaction import redact
+from minilm_exp.redaction import redact, redact_all
 from minilm_exp.result import Result
 from minilm_exp.settings import Settings, as_dict
 from minilm_exp.student import set_dropout
@@ -81,7 +81,7 @@ def write_model_card(
         if teacher.weights == "random"
         else ""
     )
-    config = redact(yaml.safe_dump(as_dict(settings), sort_keys=False))
+    config = yaml.safe_dump(redact_all(as_dict(settings)), sort_keys=False)
     card = (
         f"""---
 library_name: transformers
@@ -119,7 +119,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 {config}```
 """
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(redact(card), encoding="utf-8")
 
 
 def _method(settings: Settings) -> str:

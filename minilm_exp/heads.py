@@ -78,7 +78,9 @@ def load_masked_lm(teacher: Teacher, encoder: PreTrainedModel) -> PreTrainedMode
     """
     if teacher.weights == "random":
         torch.manual_seed(0)
-        model = AutoModelForMaskedLM.from_config(encoder.config, dtype=torch.float32)
+        model = AutoModelForMaskedLM.from_config(
+            encoder.config, dtype=torch.float32, trust_remote_code=False
+        )
         put_under_head(model, encoder, "masked language modelling")
         return model.eval().requires_grad_(False)
     source, revision = source_of(teacher)
@@ -86,7 +88,10 @@ def load_masked_lm(teacher: Teacher, encoder: PreTrainedModel) -> PreTrainedMode
         model, found = AutoModelForMaskedLM.from_pretrained(
             source,
             revision=revision,
-            config=AutoConfig.from_pretrained(source, revision=revision),
+            config=AutoConfig.from_pretrained(
+                source, revision=revision, trust_remote_code=teacher.trust_remote_code
+            ),
+            trust_remote_code=teacher.trust_remote_code,
             dtype=torch.float32,
             output_loading_info=True,
         )
@@ -115,7 +120,9 @@ def add_masked_lm_head(
             architecture ties them.
     """
     torch.manual_seed(seed)
-    model = AutoModelForMaskedLM.from_config(copy.deepcopy(encoder.config), dtype=torch.float32)
+    model = AutoModelForMaskedLM.from_config(
+        copy.deepcopy(encoder.config), dtype=torch.float32, trust_remote_code=False
+    )
     if of_teacher:
         own = model.state_dict()
         prefix = f"{model.base_model_prefix}."

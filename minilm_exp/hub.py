@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 # A file that nearly every repository has; a copy of it from an earlier download names the commit.
 _FILES = {"model": "config.json", "dataset": "README.md"}
 
@@ -38,3 +40,16 @@ def hub_commit(hub_id: str, revision: str | None, kind: str) -> str:
     with contextlib.suppress(EntryNotFoundError):
         hf_hub_download(hub_id, **file)  # leaves behind what answers the question offline
     return str(commit)
+
+
+def pinned_commit(hub_id: str, revision: str | None, kind: str) -> str | None:
+    """The commit behind a revision, without asking where it is one; None for a folder here.
+
+    Raises:
+        Exception: As `hub_commit`.
+    """
+    if Path(hub_id).expanduser().is_dir():
+        return None
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    return hub_commit(hub_id, revision, kind)

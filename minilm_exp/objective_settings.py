@@ -9,7 +9,7 @@ from typing import Any, Optional
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from minilm_exp.errors import ExperimentError, reason_of
+from minilm_exp.errors import ExperimentError, key_of, reason_of
 
 STATE_LETTERS = {"q": "query", "k": "key", "v": "value"}
 DISTANCES = ("mse", "l1", "cosine", "kl")
@@ -154,12 +154,12 @@ def parse_terms(terms: dict[str, Any]) -> dict[str, AnyTerm]:
         kind = node.get("kind") if isinstance(node, dict) else None
         if name in ("total", "") or "/" in name:
             raise ExperimentError(f"{where}: a term cannot have the name {name!r}; choose another")
-        if kind not in _KINDS:
+        if not isinstance(kind, str) or kind not in _KINDS:
             raise ExperimentError(f"{where}.kind={kind} is not one of {', '.join(_KINDS)}")
         try:
             typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_KINDS[kind]), node))
-        except OmegaConfBaseException as error:
-            key = f"{where}.{error.full_key}" if error.full_key else where
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            key = ".".join(filter(None, (where, key_of(error))))
             message = reason_of(error)
             if "missing mandatory value" in message.lower():
                 message = f"no value is given: add {key}=VALUE"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from minilm_exp.checks import (
     check_values,
     highest_init_layer,
 )
-from minilm_exp.errors import ExperimentError
+from minilm_exp.errors import ExperimentError, key_of, reason_of
 from minilm_exp.objective_settings import LabelTerm, LogitTerm, parse_terms, trains_head
 from minilm_exp.settings import Settings, Stage, StageGiven, Student, max_tokens
 from minilm_exp.task_settings import check_tasks, parse_changes, parse_tasks
-from minilm_exp.teacher_facts import read_facts
+from minilm_exp.teacher_facts import is_there, read_facts
 
 
 def parse(
@@ -56,6 +56,7 @@ def parse(
             raise ExperimentError(
                 f"there is no setting {name}: it is misspelt, or belongs elsewhere"
             )
+    _check_form(config)
     given = (config.recipe.get("stages") or {}).values()
     is_objective_read = not given or any(node.get("objective") is None for node in given)
     read = [config.recipe, *([config.objective] if is_objective_read else [])]
@@ -75,7 +76,7 @@ def parse(
         OmegaConf.resolve(config.student)
         merged = OmegaConf.merge(OmegaConf.structured(Settings), config)
         settings = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise ExperimentError(_explain(error)) from error
     assert isinstance(settings, Settings)
     settings.data = data
@@ -118,6 +119,48 @@ def parse(
     return settings
 
 
+# Groups that code reads before their types are known.
+_GROUPS = ("teacher", "student", "objective", "recipe", "corpus", "tasks", "relation_set")
+# Of a text in a config; the longest path of a file has 4096 bytes.
+_LONGEST_TEXT = 4000
+
+
+def _check_form(config: DictConfig) -> None:
+    """Refuses a value where a group belongs, and text that is no text."""
+    for name in _GROUPS:
+        if name not in config or not isinstance(config[name], DictConfig):
+            raise ExperimentError(
+                f"{name}={config.get(name)!r:.100} is no group of settings: choose an option"
+                f" ({name}=NAME), or change one of its settings ({name}.SETTING=VALUE)"
+            )
+    stages = config.recipe.get("stages")
+    if stages is not None and not isinstance(stages, DictConfig):
+        raise ExperimentError(f"recipe.stages={stages!r:.100} must be stages by name")
+    for key, stage in (stages or {}).items():
+        if not isinstance(stage, DictConfig):
+            raise ExperimentError(
+                f"recipe.stages.{key!r}={stage!r:.100} must be settings of a stage"
+            )
+    for where, text in _texts(OmegaConf.to_container(config, resolve=False), ""):
+        is_text = "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
+        if not is_text or len(text) > _LONGEST_TEXT:
+            raise ExperimentError(
+                f"{where}={text!r:.100} is no text: it has a NUL or half a character in it, or more"
+                f" than {_LONGEST_TEXT} of them"
+            )
+
+
+def _texts(node: Any, where: str) -> Iterator[tuple[str, str]]:
+    """Every text of nested data, names too, and where it stands."""
+    if isinstance(node, str):
+        yield where, node
+    elif isinstance(node, (dict, list)):
+        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+            inner = f"{where}.{name}" if where else str(name)
+            yield f"the name in {where or 'the config'}", str(name)
+            yield from _texts(value, inner)
+
+
 def _parse_stages(config: DictConfig) -> list[Stage]:
     """Each stage's settings are those of the run with the stage's own merged over them."""
     stages: dict[str, Stage] = {}
@@ -134,7 +177,7 @@ def _parse_stages(config: DictConfig) -> list[Stage]:
                 group: OmegaConf.to_container(node[group], resolve=True)
                 for group in ("student", "layer_selection", "corpus", "training", "task_training")
             }
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
             raise ExperimentError(f"{where}: {_explain(error)}") from error
         for key in ("teacher", "start"):
             earlier = [*stages, "teacher"] if key == "teacher" else [*stages, None]
@@ -306,6 +349,7 @@ def _become_teacher(config: DictConfig, stage: Stage) -> None:
         "revision": None,
         "package": None,
         "path": None,
+        "trust_remote_code": False,
         "num_layers": student.num_layers,
         "hidden_size": student.hidden_size,
         "num_attention_heads": student.num_attention_heads,
@@ -366,9 +410,9 @@ def _choose_init(settings: Settings) -> None:
     settings.notes.append(f"student.init=auto: {student.init}, because {reason}")
 
 
-def _explain(error: OmegaConfBaseException) -> str:
-    message = str(error).splitlines()[0]
-    key = error.full_key or ""
+def _explain(error: Exception) -> str:
+    message = reason_of(error)
+    key = key_of(error)
     if "missing mandatory value" in message.lower():
         return f"{key} has no value and has no default: add {key}=VALUE"
     if "not in" in message and "Key" in message:
@@ -432,7 +476,7 @@ def _complete_student(config: DictConfig) -> dict[str, Any] | None:
     if config.student.get("config") and config.student.get("path"):
         raise ExperimentError("give student.config or student.path, not both")
     setting = "student.config" if config.student.get("config") else "student.path"
-    if not Path(str(source)).expanduser().exists():
+    if not is_there(str(source)):
         raise ExperimentError(f"{setting}: {source} does not exist here")
     facts = read_facts(str(source), None)
     for name in ("num_layers", "hidden_size", "num_attention_heads", "intermediate_size"):

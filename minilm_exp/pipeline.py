@@ -28,10 +28,11 @@ from minilm_exp.provenance import (
     fingerprint_model,
     fingerprint_text,
     git_state,
+    hub_commits,
     run_key,
     versions,
 )
-from minilm_exp.redaction import redact
+from minilm_exp.redaction import redact, redact_all
 from minilm_exp.relations import resolve_kernel
 from minilm_exp.result import Result, read_result
 from minilm_exp.run_folder import (
@@ -484,7 +485,8 @@ def _record_setting(
 ) -> None:
     """Params, tags and config of the run, before anything is computed."""
     config_file = Path(result.folder) / "config.yaml"
-    config_file.write_text(redact(yaml.safe_dump(as_dict(settings), sort_keys=False)), "utf-8")
+    plain = redact_all(as_dict(settings))
+    config_file.write_text(redact(yaml.safe_dump(plain, sort_keys=False)), "utf-8")
     tracker.log_params(_params(settings) | {"precision": precision})
     git = git_state()
     result.made_by = {
@@ -495,7 +497,10 @@ def _record_setting(
         "device": device_name(settings.runtime.device),
         "threads": str(torch.get_num_threads()),
         **{f"input.{name}": fingerprint for name, fingerprint in inputs.items()},
+        **hub_commits(settings),
     }
+    if settings.teacher.trust_remote_code and "teacher" in inputs:
+        result.made_by["trust_remote_code"] = "true"
     tracker.set_tags(
         {
             "seed": str(settings.seed),

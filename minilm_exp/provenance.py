@@ -17,9 +17,11 @@ import xxhash
 from transformers import PreTrainedTokenizerFast
 
 from minilm_exp.errors import ExperimentError
+from minilm_exp.hub import pinned_commit
 from minilm_exp.precision import teacher_dtype
 from minilm_exp.resolvers import REPOSITORY
 from minilm_exp.settings import NEUTRAL, Settings, as_dict
+from minilm_exp.task_settings import Task
 
 # Raised by every change that CHANGELOG.md declares "changes results".
 RESULTS_VERSION = 3
@@ -68,7 +70,8 @@ def _plain(settings: Settings, precision: str) -> dict[str, Any]:
         if task.get("kind") != "similarity":
             task.pop("pooling", None)
     for group, names in {
-        "teacher": ("name", "path", "hub_id", "revision", "package"),
+        # The code that it allows is in the teacher's fingerprint.
+        "teacher": ("name", "path", "hub_id", "revision", "package", "trust_remote_code"),
         "student": ("path", "config"),
         "corpus": ("files", "datasets"),
     }.items():
@@ -87,6 +90,30 @@ def _plain(settings: Settings, precision: str) -> dict[str, Any]:
     for group in settings.unread_groups:
         del plain[group]
     return plain
+
+
+def hub_commits(settings: Settings) -> dict[str, str]:
+    """The commit of each repository of the hub that a run reads, by input."""
+    found: dict[str, list[str]] = {}
+
+    def note(name: str, hub_id: str, revision: str | None, kind: str) -> None:
+        commit = pinned_commit(hub_id, revision, kind)
+        if commit is not None:
+            found.setdefault(f"commit.{name}", []).append(f"{hub_id}@{commit}")
+
+    teacher, unread = settings.teacher, settings.unread_groups
+    source = teacher.path or (None if teacher.package else teacher.hub_id)
+    if "teacher" not in unread and teacher.weights != "random" and source is not None:
+        note("teacher", source, teacher.revision, "model")
+    if "corpus" not in unread:
+        for data_set in settings.corpus.datasets:
+            note("corpus", data_set.path, data_set.revision, "dataset")
+    for name, task in settings.tasks.items():
+        is_of_hub = isinstance(task, Task) and task.files is None and settings.data_root is None
+        for data in (task.data, task.train_data) if is_of_hub else ():
+            if data is not None:
+                note(f"task.{name}", data.hub_id, data.revision, "dataset")
+    return {name: " ".join(dict.fromkeys(commits)) for name, commits in found.items()}
 
 
 def fingerprint_model(path: Path) -> str:
@@ -156,7 +183,7 @@ def git_state() -> dict[str, str]:
         return {
             "commit": git("rev-parse", "HEAD").strip() or "unknown",
             "dirty": str(bool(git("status", "--porcelain", *code).strip())).lower(),
-            "diff": git("diff", "HEAD", *code),
+            "diff": git("diff", "--no-ext-diff", "HEAD", *code),
         }
     except OSError:  # git is not installed
         return {"commit": "unknown", "dirty": "unknown", "diff": ""}

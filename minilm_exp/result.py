@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minilm_exp.redaction import redact_all
+
 
 @dataclass
 class Result:
@@ -82,7 +84,8 @@ class Result:
 
     def write(self) -> None:
         """Writes result.json into the run folder, whole or not at all."""
-        write_json(Path(self.folder) / "result.json", asdict(self), indent=1)
+        content = redact_all(asdict(self)) | {"folder": self.folder}
+        write_json(Path(self.folder) / "result.json", content, indent=1)
 
 
 # Of fields in results that earlier versions wrote.

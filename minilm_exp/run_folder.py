@@ -9,6 +9,7 @@ from pathlib import Path
 
 from minilm_exp.checkpoints import last_whole_checkpoint
 from minilm_exp.provenance import fingerprint_model
+from minilm_exp.redaction import redact
 from minilm_exp.result import Result, read_result, read_results, standing
 from minilm_exp.settings import Settings
 
@@ -29,7 +30,7 @@ def run_name(settings: Settings) -> str:
             name = f"{settings.teacher.name}-{settings.student_name}-{settings.recipe.name}"
             if any(stage.settings.objective == settings.objective for stage in settings.stages):
                 name += f"-{settings.objective_name}"
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{name}-seed{settings.seed}")
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", redact(f"{name}-seed{settings.seed}"))
 
 
 def finished_run(settings: Settings, key: str) -> Result | None:

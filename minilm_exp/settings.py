@@ -46,6 +46,8 @@ class Teacher:
     upper_middle_layer: int
     num_relation_heads: int
     initializer_range: Optional[float]
+    # Whether code that its checkpoint brings along is run.
+    trust_remote_code: bool = False
 
     @property
     def max_tokens(self) -> int:

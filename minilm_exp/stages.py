@@ -285,7 +285,7 @@ class Chain:
         """The student that a stage left."""
         folder = self._place(name) / "student"
         named = f"the student of stage {name} (remove its folder, and the stage is run again)"
-        return load_checkpoint(str(folder), dropout, named)
+        return load_checkpoint(str(folder), dropout, named, self.settings.teacher.trust_remote_code)
 
     def _place(self, name: str) -> Path:
         return self.folder if self._is_single else self.folder / "stages" / name

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from minilm_exp.checkpoint_code import check_folder
 from minilm_exp.errors import ExperimentError, reason_of
 from minilm_exp.settings import Student, init_layers
 from minilm_exp.states import StateTap, layers_of
@@ -58,7 +59,9 @@ def build_student(
     if student.path is not None:
         return _load(student.path, teacher, tokenizer, dropout)
     if student.config is not None:
-        config = AutoConfig.from_pretrained(Path(student.config).expanduser())
+        file = Path(student.config).expanduser()
+        check_folder(file, "student.config")
+        config = AutoConfig.from_pretrained(file, trust_remote_code=False)
     else:
         config = _shaped_config(student, teacher, teacher_layer)
     set_dropout(config, *dropout)
@@ -69,7 +72,8 @@ def build_student(
                 setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
     torch.manual_seed(seed)
     try:
-        encoder = AutoModel.from_config(config, dtype=torch.float32)
+        # The class of a custom teacher is known by now.
+        encoder = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ExperimentError(
             f"student: {config.model_type} cannot be built in this shape: {error}"
@@ -234,7 +238,10 @@ def _copy_teacher_layers(
 
 
 def load_checkpoint(
-    path: str, dropout: tuple[float, float] | None = None, named: str = "student.path"
+    path: str,
+    dropout: tuple[float, float] | None = None,
+    named: str = "student.path",
+    trusts_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The encoder and tokenizer of a folder; a task head in it is left out.
 
@@ -242,17 +249,18 @@ def load_checkpoint(
         path: The folder.
         dropout: Probabilities for hidden states and attention, instead of the checkpoint's.
         named: What the error calls the folder.
+        trusts_code: Whether code in it is run: that of the run's own teacher, in its own folders.
 
     Raises:
         ExperimentError: They cannot be loaded.
     """
     folder = Path(path).expanduser()
-    tokenizer = load_checkpoint_tokenizer(path, named)
+    tokenizer = load_checkpoint_tokenizer(path, named, trusts_code)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusts_code)
         if dropout is not None:
             set_dropout(config, *dropout)
-        encoder = load_whole_encoder(folder, config)
+        encoder = load_whole_encoder(folder, config, None, trusts_code)
     except ExperimentError:
         raise
     except Exception as error:  # files can be wrong in as many ways as there are loaders
@@ -260,15 +268,18 @@ def load_checkpoint(
     return encoder, tokenizer
 
 
-def load_checkpoint_tokenizer(path: str, named: str = "student.path") -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder; `named` as for `load_checkpoint`.
+def load_checkpoint_tokenizer(
+    path: str, named: str = "student.path", trusts_code: bool = False
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder; the rest as for `load_checkpoint`.
 
     Raises:
         ExperimentError: It cannot be loaded, or is not a fast one.
     """
     folder = Path(path).expanduser()
+    check_folder(folder, named, trusts_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts_code)
     except Exception as error:  # files can be wrong in as many ways as there are loaders
         raise ExperimentError(f"{named}: {folder} cannot be loaded: {reason_of(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

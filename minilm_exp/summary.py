@@ -61,7 +61,8 @@ def print_summary(settings: Settings, result: Result) -> None:
     console.print(f"MLflow run  {result.run_id}", soft_wrap=True)
     if settings.tracking.uri.startswith("sqlite:"):
         console.print(
-            f"compare     mlflow ui --backend-store-uri {settings.tracking.uri}", soft_wrap=True
+            f"compare     mlflow ui --host 127.0.0.1 --backend-store-uri {settings.tracking.uri}",
+            soft_wrap=True,
         )
 
 

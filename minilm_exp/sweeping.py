@@ -408,6 +408,8 @@ def _fingerprint(config: DictConfig, space: dict[str, BaseDistribution]) -> str:
     content = OmegaConf.to_container(config, resolve=False)
     assert isinstance(content, dict)
     rest = {name: value for name, value in content.items() if name not in _NOT_OF_THE_SWEEP}
+    if rest["teacher"].get("trust_remote_code") is False:
+        del rest["teacher"]["trust_remote_code"]  # as in records of before there was such a setting
     varied = sorted(set(space) - {"seed"})
     return fingerprint_text(json.dumps([rest, varied], sort_keys=True, default=str))[:8]
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Optional
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from minilm_exp.errors import ExperimentError
+from minilm_exp.errors import ExperimentError, key_of
 
 KINDS = ("classification", "regression", "spans", "similarity")
 METRICS = {
@@ -245,7 +245,7 @@ class TaskTraining:
         family = OmegaConf.structured(self.families[task.family])
         try:
             changed = OmegaConf.to_object(OmegaConf.merge(family, self.exceptions.get(name, {})))
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
             raise ExperimentError(
                 f"task_training.exceptions.{name}: {str(error).splitlines()[0]}"
             ) from error
@@ -268,8 +268,8 @@ def parse_tasks(tasks: dict[str, Any]) -> dict[str, AnyTask]:
         schema = NextPassage if name == "next_passage" else Task
         try:
             typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
-        except OmegaConfBaseException as error:
-            key = f"tasks.{name}" + (f".{error.full_key}" if error.full_key else "")
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            key = ".".join(filter(None, ("tasks", str(name), key_of(error))))
             message = str(error).splitlines()[0]
             if "missing mandatory value" in message.lower():
                 message = f"no value is given: add {key}=VALUE, or choose a task with task=NAME"
@@ -339,12 +339,12 @@ def parse_changes(
             plain = OmegaConf.structured(cell)
             try:
                 changed = OmegaConf.to_object(OmegaConf.merge(plain, changes))
-            except OmegaConfBaseException as error:
+            except (OmegaConfBaseException, TypeError, ValueError) as error:
                 message = str(error).splitlines()[0]
                 if "not in" in message:
                     names = [f.name for f in fields(TaskSettings) if f.name not in LIMITS]
                     message = f"a stage can change {', '.join(names)}"
-                raise ExperimentError(f"task_training.{error.full_key}: {message}") from error
+                raise ExperimentError(f"task_training.{key_of(error)}: {message}") from error
             assert isinstance(changed, TaskSettings)
             _check_cell(name, task, changed, max_tokens)
             typed = {key: getattr(changed, key) for key in changes}

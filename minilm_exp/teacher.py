@@ -17,8 +17,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from minilm_exp.checkpoint_code import check_folder, check_hub_model, code_files
 from minilm_exp.errors import ExperimentError, reason_of
-from minilm_exp.provenance import fingerprint_model, fingerprint_text
+from minilm_exp.provenance import fingerprint_files, fingerprint_model, fingerprint_text
 from minilm_exp.settings import Baseline, Teacher
 from minilm_exp.teacher_facts import facts_of, model_commit, no_model
 
@@ -39,14 +40,19 @@ def load_encoder(teacher: Teacher) -> PreTrainedModel:
     else:
         source, revision = source_of(teacher)
         with told_simply(source):
-            config = AutoConfig.from_pretrained(source, revision=revision)
+            config = AutoConfig.from_pretrained(
+                source, revision=revision, trust_remote_code=teacher.trust_remote_code
+            )
             _compare(teacher, config, str(source))
-            encoder = load_whole_encoder(source, config, revision)
+            encoder = load_whole_encoder(source, config, revision, teacher.trust_remote_code)
     return encoder.eval().requires_grad_(False)
 
 
 def load_whole_encoder(
-    source: Path | str, config: PreTrainedConfig, revision: str | None = None
+    source: Path | str,
+    config: PreTrainedConfig,
+    revision: str | None = None,
+    trusts_code: bool = False,
 ) -> PreTrainedModel:
     """An encoder whose every weight comes from the checkpoint; only a pooler may be new.
 
@@ -57,6 +63,7 @@ def load_whole_encoder(
     encoder, found = AutoModel.from_pretrained(
         source,
         revision=revision,
+        trust_remote_code=trusts_code,
         config=config,
         # Whatever the checkpoint is stored in: the student is made after this model.
         dtype=torch.float32,
@@ -97,7 +104,9 @@ def load_tokenizer(teacher: Teacher) -> PreTrainedTokenizerFast:
             f"teacher.path: {source} has no tokenizer (tokenizer.json); put the model's own there"
         )
     with told_simply(source):
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=teacher.trust_remote_code
+        )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ExperimentError(
             f"{source} has no fast tokenizer (tokenizer.json); convert it with transformers first"
@@ -117,11 +126,13 @@ def fingerprint_teacher(teacher: Teacher) -> str:
         return fingerprint_text(f"random {sorted(facts.items())}")
     source, revision = source_of(teacher)
     if isinstance(source, Path):
-        return fingerprint_model(source)
+        code = code_files(source) if teacher.trust_remote_code else []
+        content = fingerprint_model(source)
+        return f"{content} {fingerprint_files(code, names=True)}" if code else content
     return f"{source}@{revision}"
 
 
-_NAMES = ("name", "hub_id", "revision", "package", "path")
+_NAMES = ("name", "hub_id", "revision", "package", "path", "trust_remote_code")
 
 
 @contextlib.contextmanager
@@ -140,7 +151,16 @@ def told_simply(source: Path | str) -> Iterator[None]:
 
 
 def source_of(teacher: Teacher) -> tuple[Path | str, str | None]:
-    """A folder, or a hub id with its commit."""
+    """A folder, or a hub id with its commit; neither asks for code that is not trusted."""
+    source, commit = _find(teacher)
+    if isinstance(source, Path):
+        check_folder(source, "teacher.path", teacher.trust_remote_code)
+    else:
+        check_hub_model(source, commit, "teacher.path", teacher.trust_remote_code)
+    return source, commit
+
+
+def _find(teacher: Teacher) -> tuple[Path | str, str | None]:
     if teacher.path is not None:
         folder = Path(teacher.path).expanduser()
         if folder.is_dir():
@@ -158,7 +178,8 @@ def source_of(teacher: Teacher) -> tuple[Path | str, str | None]:
 
 def package_folder(package: str) -> Path:
     """The folder `model` of an installed package that ships a checkpoint."""
-    spec = importlib.util.find_spec(package)
+    # Of a dotted name or a relative one, Python would import what stands before the dot.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or spec.origin is None:
         raise ExperimentError(
             f"the teacher lies in the package {package}, which is not installed: run `make"
@@ -215,4 +236,4 @@ def random_encoder(shape: Teacher | Baseline, initializer_range: float | None) -
     if initializer_range is not None:
         config.initializer_range = initializer_range
     torch.manual_seed(0)
-    return AutoModel.from_config(config, dtype=torch.float32)
+    return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)

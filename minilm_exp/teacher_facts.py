@@ -25,16 +25,21 @@ def read_facts(source: str, revision: str | None) -> dict[str, Any]:
     Raises:
         ExperimentError: There is no readable config.json, or it lacks a size.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        path = path / "config.json"
-    if path.is_file():
+    path = Path(source)
+    absent = "does not exist: give a folder with a config.json"
+    if is_there(source):
+        path = path.expanduser()
+        path = path / "config.json" if path.is_dir() else path
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except FileNotFoundError as error:
+            raise ExperimentError(f"{path} {absent}") from error
+        except OSError as error:
+            raise ExperimentError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
             raise ExperimentError(f"{path} is not valid JSON: {error}") from error
-    elif path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ExperimentError(f"{path} does not exist: give a folder with a config.json")
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ExperimentError(f"{path} {absent}")
     else:
         config = _read_from_hub(source, revision)
     if not isinstance(config, dict) or "model_type" not in config:
@@ -42,9 +47,19 @@ def read_facts(source: str, revision: str | None) -> dict[str, Any]:
     return facts_of(config, str(path))
 
 
+def is_there(path: str) -> bool:
+    """Whether there is such a file or folder; what cannot be the name of one is not."""
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, or the home of nobody
+        return False
+
+
 def facts_of(config: dict[str, Any], source: str) -> dict[str, Any]:
     """The same from the content of a config.json."""
     facts: dict[str, Any] = {"model_type": config["model_type"]}
+    if not isinstance(config["model_type"], str):
+        raise ExperimentError(f"{source}: model_type={config['model_type']!r:.100} is no name")
     for fact, names in _NAMES.items():
         values = [config[name] for name in names if config.get(name) is not None]
         if not values:
@@ -55,6 +70,10 @@ def facts_of(config: dict[str, Any], source: str) -> dict[str, Any]:
                     f"{source} ({config['model_type']}) names none of {', '.join(names)}; add it,"
                     " or choose an encoder that has it"
                 )
+        if type(values[0]) is not int or not 0 < values[0] < 2**31:
+            raise ExperimentError(
+                f"{source}: {fact}={values[0]!r:.100} is no size; it must be a whole number above 0"
+            )
         facts[fact] = values[0]
     return facts
 

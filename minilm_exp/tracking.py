@@ -221,6 +221,8 @@ def start_tracking(
     """
     outputs.mkdir(parents=True, exist_ok=True)
 
+    experiment, run_name = redact(experiment), redact(run_name)
+
     def start() -> Tracker:
         # Two processes that create the same database at once would break each other.
         with FileLock(outputs / "mlflow.lock"):
@@ -428,7 +430,7 @@ def _never_ended(client: MlflowClient, experiment_id: str, tags: dict[str, str])
 def end_tagged(uri: str, experiment: str, tag: str, value: str) -> None:
     """Marks the running runs of an experiment that have this tag as KILLED, and their parts."""
     client = MlflowClient(tracking_uri=uri)
-    found = client.get_experiment_by_name(experiment)
+    found = client.get_experiment_by_name(redact(experiment))
     if found is not None:
         for run in client.search_runs([found.experiment_id], f"tags.`{tag}` = '{value}'"):
             end_interrupted(uri, run.info.run_id)

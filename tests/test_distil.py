@@ -15,6 +15,7 @@ import signal
 
 import pytest
 import torch
+from hostile import Touch
 from reference import relation_loss_reference
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import Subset
@@ -823,3 +824,25 @@ def test_bf16_is_used_and_close_to_fp32(run):
     for name, loss in fp32.losses.items():
         assert bf16.losses[name] == pytest.approx(loss, rel=5e-2)
     assert next(bf16.student.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"]
+)
+def test_checkpoint_that_would_run_code_is_refused(name, run, tmp_path):
+    """A pickle of somebody else in a run folder, which is run when the run is resumed."""
+    settings = {"num_train": 20, "max_steps": 5, "checkpoint_steps": 2}
+    whole = run(name="run", **settings)
+    shutil.rmtree(whole.checkpoints / "checkpoint-5")
+    folder = whole.checkpoints / "checkpoint-4"
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    marker = tmp_path / "evil"
+    torch.save(Touch(marker), folder / name)
+    torch.save(Touch(marker), folder / "training_args.bin")
+    (folder / "whole.json").unlink()
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    (folder / "whole.json").write_text(json.dumps(sizes))
+    with pytest.raises(ExperimentError, match=r"checkpoint-4.*would run code"):
+        run(name="run", resume=True, **settings)
+    assert not marker.exists()

@@ -11,8 +11,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Later files may import earlier ones, never the other way.
 ORDER = [
-    "errors", "processes", "redaction", "locks", "studies", "resolvers", "trial", "hub",
-    "teacher_facts", "task_settings", "objective_settings",
+    "errors", "processes", "class_paths", "redaction", "locks", "studies", "resolvers", "trial",
+    "hub", "teacher_facts", "checkpoint_code", "task_settings", "objective_settings",
     "settings", "checks", "parsing", "precision", "provenance",
     "relations_block", "relations_triton", "relations", "attention", "states", "terms",
     "head_terms", "objectives", "teacher", "heads", "student", "masking", "vocabulary",
@@ -63,6 +63,7 @@ def test_imports_point_back(path):
         (
             "omegaconf",
             {
+                "class_paths",
                 "resolvers",
                 "parsing",
                 "task_settings",

@@ -34,6 +34,7 @@ INPUTS = {
     "teacher.hub_id",
     "teacher.revision",
     "teacher.package",
+    "teacher.trust_remote_code",
     "student.path",
     "student.config",
     "corpus.files",

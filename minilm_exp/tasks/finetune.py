@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy
@@ -31,9 +32,10 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from minilm_exp.attention import use_training_attention
-from minilm_exp.checkpoints import CheckpointedTrainer, take_up
+from minilm_exp.checkpoint_code import check_folder
+from minilm_exp.checkpoints import CheckpointedTrainer, not_of_tensors, take_up
 from minilm_exp.distil import Distiller
-from minilm_exp.errors import ExperimentError
+from minilm_exp.errors import ExperimentError, reason_of
 from minilm_exp.head_terms import label_loss
 from minilm_exp.heads import compute_heads_in_float32, head_parameters, put_under_head
 from minilm_exp.objective_settings import trains_head
@@ -195,6 +197,8 @@ def finetune(
             best.load(start)
         try:
             trainer.train_whole(start)
+        except UnpicklingError as error:
+            raise ExperimentError(not_of_tensors(start)) from error
         finally:
             if distiller is not None:
                 distiller.close()
@@ -285,7 +289,7 @@ def with_head(encoder: PreTrainedModel, job: Finetuning) -> PreTrainedModel:
             config.id2label = dict(enumerate(data.label_names))
             config.label2id = {name: number for number, name in enumerate(data.label_names)}
     try:
-        model = _class_of(kind).from_config(config, dtype=torch.float32)
+        model = _class_of(kind).from_config(config, dtype=torch.float32, trust_remote_code=False)
     except ValueError as error:
         raise ExperimentError(
             f"transformers has no {kind} head for {config.model_type}: leave {job.name} out of task"
@@ -303,8 +307,21 @@ def with_head(encoder: PreTrainedModel, job: Finetuning) -> PreTrainedModel:
 
 
 def load_finetuned(folder: Path, kind: str) -> PreTrainedModel:
-    """A fine-tuned model as `finetune` saved it, with its head."""
-    model: PreTrainedModel = _class_of(kind).from_pretrained(folder, dtype=torch.float32)
+    """A fine-tuned model as `finetune` saved it, with its head.
+
+    Raises:
+        ExperimentError: It cannot be loaded.
+    """
+    check_folder(folder, "the fine-tuned model")
+    try:
+        model: PreTrainedModel = _class_of(kind).from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        )
+    except Exception as error:  # files can be wrong in as many ways as there are loaders
+        raise ExperimentError(
+            f"the fine-tuned model {folder} cannot be loaded (remove it, and it is trained again):"
+            f" {reason_of(error)}"
+        ) from error
     return model
 
 
