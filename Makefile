@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 AUDIT := $(VENV)/audit
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-seeds sweep table figure test fuzz audit lint bench bench-quick lock ui clean
+.PHONY: help install demo demo-seeds sweep table figure test fuzz audit chaos lint bench bench-quick lock ui clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -53,6 +53,10 @@ audit: ## look for known vulnerabilities in what requirements.lock installs (nee
 	  --progress-spinner off || { echo "make audit: NOT PASSED. Either vulnerabilities are listed \
 	above, or the service that knows them could not be asked, and then nothing was checked." >&2; \
 	exit 1; }
+
+chaos: $(STAMP) ## kill runs at 40 random moments, take their databases away (40 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos --kills 40
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/outages.py
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
