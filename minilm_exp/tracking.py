@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-from sqlalchemy import make_url
+from sqlalchemy import NullPool, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
 from minilm_exp.errors import ExperimentError, reason_of
@@ -226,6 +226,7 @@ def start_tracking(
     def start() -> Tracker:
         # Two processes that create the same database at once would break each other.
         with FileLock(outputs / "mlflow.lock"):
+            _ask_database(uri)
             _create_whole(uri)
             client = MlflowClient(tracking_uri=uri)
             found = client.get_experiment_by_name(experiment)
@@ -386,6 +387,17 @@ def sqlite_file(uri: str) -> Path | None:
         return None
     is_file = address.get_backend_name() == "sqlite" and address.database
     return Path(str(address.database)) if is_file else None
+
+
+def _ask_database(uri: str) -> None:
+    """Fails at once where a database does not answer; MLflow would try for minutes."""
+    try:
+        address = make_url(uri)
+    except ArgumentError:
+        return
+    if address.get_backend_name() == "postgresql":
+        engine = create_engine(address, poolclass=NullPool, connect_args={"connect_timeout": 10})
+        engine.connect().close()
 
 
 def _create_whole(uri: str) -> None:

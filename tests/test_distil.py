@@ -28,6 +28,7 @@ from minilm_exp.distil import distil
 from minilm_exp.errors import ExperimentError, Interrupted
 from minilm_exp.objectives import build_objective
 from minilm_exp.parsing import parse
+from minilm_exp.provenance import fingerprint_files
 from minilm_exp.states import StateTap, qkv_states
 from minilm_exp.student import build_student, untrained_parameters
 
@@ -841,8 +842,8 @@ def test_checkpoint_that_would_run_code_is_refused(name, run, tmp_path):
     torch.save(Touch(marker), folder / name)
     torch.save(Touch(marker), folder / "training_args.bin")
     (folder / "whole.json").unlink()
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    (folder / "whole.json").write_text(json.dumps(sizes))
+    digests = {path.name: fingerprint_files([path]) for path in folder.iterdir()}
+    (folder / "whole.json").write_text(json.dumps(digests))
     with pytest.raises(ExperimentError, match=r"checkpoint-4.*would run code"):
         run(name="run", resume=True, **settings)
     assert not marker.exists()

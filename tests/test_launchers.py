@@ -2,9 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +14,7 @@ from hydra.core.utils import JobReturn
 from mlflow import MlflowClient
 from omegaconf import OmegaConf
 from optuna.trial import TrialState
-from test_run import environment, results, runs_of
+from test_run import results, runs_of
 from test_sweeping import all_finished, record_of, start, trials_of
 
 from minilm_exp.errors import ExperimentError
@@ -113,7 +110,7 @@ def processes_with(*words):
 
 def kill_a_job(launcher, process, outputs):
     """One that computes a cell."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         statuses = statuses_of(outputs)
         if statuses["FINISHED"] >= 2 and statuses["RUNNING"]:
@@ -127,26 +124,12 @@ def kill_a_job(launcher, process, outputs):
     os.kill(jobs[0], signal.SIGKILL)
 
 
-@pytest.fixture
-def warm_python():
-    """For submitit's jobs."""
-    pytest.importorskip("submitit")
-    with tempfile.TemporaryDirectory() as folder:
-        file, address = REPOSITORY / "tests" / "warm_python.py", f"{folder}/socket"
-        server = subprocess.Popen(
-            [sys.executable, file, "serve", address], env=environment(PYTHONPATH=str(REPOSITORY))
-        )
-        yield f"+hydra.launcher.python='{sys.executable} {file} {address}'"
-        server.kill()
-        server.wait()
-
-
 @pytest.mark.integration
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_killed_job_is_taken_up(launcher, tiny_sweep, postgres, tmp_path, request):
+def test_killed_job_is_taken_up(launcher, tiny_sweep, postgres, tmp_path):
     """The other cells of a sweep lost, or computed twice, or a run left as running."""
     if launcher == "submitit_local":
-        tiny_sweep.append(request.getfixturevalue("warm_python"))
+        pytest.importorskip("submitit")
     outputs, uri, studies = tmp_path / "outputs", new_database(postgres), new_database(postgres)
     process = start(
         outputs, *tiny_sweep, f"hydra/launcher={launcher}", *LAUNCHERS[launcher],
@@ -223,7 +206,12 @@ def test_job_that_is_killed_each_time_fails_alone(tmp_path, capsys):
     config = OmegaConf.create(
         {
             "hydra": {"sweep": {"dir": str(tmp_path)}},
-            "tracking": {"uri": "sqlite://", "experiment": "x", "studies": "sqlite://"},
+            "tracking": {
+                "uri": "sqlite://",
+                "experiment": "x",
+                "studies": "sqlite://",
+                "retry_seconds": 0,
+            },
         }
     )
     jobs = [["seed=1"], ["seed=2"], ["seed=3"]]

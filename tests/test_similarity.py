@@ -41,7 +41,7 @@ def job(tmp_path):
         )  # fmt: skip
         settings = TaskSettings(1, 8, 1e-3, 0.1, 0.0, 0.0, 0.0, max_length, None, None, None)
         data = TaskData(validation, {"": validation}, more, 1)
-        runtime = Runtime("cpu", None, None, 0, False, "auto", "auto", 1.0)
+        runtime = Runtime("cpu", None, None, 0, False, "auto", "auto", 1.0, False)
         job = Finetuning("alike", task, data, settings, 1, "fp32", runtime, tmp_path)
         return dataclasses.replace(job, **changes)
 
