@@ -28,6 +28,8 @@ from minilm_exp.tasks.splits import Splits, find_splits
 from minilm_exp.tracking import Tracker
 
 _log = logging.getLogger(__name__)
+# Sources with their targets and outputs that MLflow shows.
+_NUM_EXAMPLES = 20
 
 
 @dataclass
@@ -244,7 +246,7 @@ class Scoring:
             place / "run_id",
         )
         try:
-            params = asdict(job.settings) if stages is None else stages.params(job)
+            params = job.settings.as_dict() if stages is None else stages.params(job)
             child.log_params({"task": job.name, "role": role, "seed": job.seed} | params)
             if stored is not None:
                 scored = Scored.of(stored, job.task.kind)
@@ -272,6 +274,10 @@ class Scoring:
             child.log_metrics(best | {"best/epoch": scored.best_epoch})
             for path in self._write_predictions(job, role, cell, scored):
                 child.log_artifact(path, "predictions")
+            if job.task.kind == "generation":
+                for part, examples in _scored_parts(job):
+                    table = _examples(examples, scored.predictions[part])
+                    child.log_table(table, f"examples/{part or 'validation'}.json")
         except BaseException as error:
             child.fail(error)
             raise
@@ -484,7 +490,9 @@ def _key(job: Finetuning, weights: str) -> str:
     definition = asdict(job.task)
     for name in ("data", "train_data", "files"):
         definition.pop(name, None)
-    settings = {n: v for n, v in asdict(job.settings).items() if n not in LIMITS}
+    settings = {n: v for n, v in job.settings.as_dict().items() if n not in LIMITS}
+    if job.task.kind != "generation":
+        definition.pop("target_column", None)
     seed: int | None = job.seed
     if not job.task.is_trained:
         settings, seed = {"max_length": job.settings.max_length}, None  # nothing is trained
@@ -525,6 +533,18 @@ def _lines(examples: Examples, predictions: list[Any], names: list[str] | None) 
             row, prediction = row | {"label": names[row["label"]]}, names[prediction]
         lines.append(json.dumps(row | {"prediction": prediction}, ensure_ascii=False) + "\n")
     return "".join(lines)
+
+
+def _examples(examples: Examples, predictions: list[str]) -> dict[str, list[str]]:
+    """Some at even distances, for people to read."""
+    number = min(_NUM_EXAMPLES, len(predictions))
+    chosen = [index * len(predictions) // number for index in range(number)]
+    rows = examples.rows[chosen]
+    return {
+        "source": rows["source"],
+        "target": rows["target"],
+        "output": [predictions[index] for index in chosen],
+    }
 
 
 def _read(file: Path, job: Finetuning) -> dict[str, Any] | None:

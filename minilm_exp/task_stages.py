@@ -108,7 +108,7 @@ class TaskStages:
             for stage in self.stages
         ]
         teachers = [
-            {name: value for name, value in asdict(cell).items() if name not in LIMITS}
+            {name: value for name, value in cell.as_dict().items() if name not in LIMITS}
             for cell in training.cells(job.name, job.task)
         ]
         seeds = training.seeds(self.settings.seed)
@@ -192,7 +192,7 @@ class TaskStages:
             "start": stage.start or stage.settings.student.init,
             "objective": stage.settings.objective_name,
             "head_only": stage.head_only,
-        } | asdict(_own(job, stage).settings)
+        } | _own(job, stage).settings.as_dict()
 
     @staticmethod
     def _child(run: Tracker, stage: Stage, job: Finetuning, place: Path, title: str) -> Tracker:
