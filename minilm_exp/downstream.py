@@ -227,7 +227,10 @@ class Scoring:
     ) -> Scored:
         """One fine-tuning as a run of its own, or what an earlier one of the same content gave."""
         stages = self.stages if role == "student" else None
-        key = _key(job, model.fingerprint if stages is None else stages.fingerprint(job))
+        if stages is None:
+            key = _key(job, model.fingerprint_for(job.task.kind))
+        else:
+            key = _key(job, stages.fingerprint(job))
         place = self._place(key)
         file = self.settings.outputs / "finetuned" / f"{key}.json"
         done = self.folder / "finetuned" / key
@@ -309,7 +312,7 @@ class Scoring:
             )
         return finetune(
             model.encoder, model.tokenizer, job, title, tracker.log_metrics, folder,
-            checkpoints=place / "checkpoints",
+            checkpoints=place / "checkpoints", lm_head=model.lm_head,
         )  # fmt: skip
 
     def _finetuned_teacher(self, job: Finetuning, name: str) -> Path:

@@ -28,6 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from minilm_exp.attention import TRAINING_ATTENTION
 from minilm_exp.errors import ExperimentError
 from minilm_exp.head_terms import NO_LABEL
+from minilm_exp.task_settings import WRITERS
 
 # Attention functions that read a mask of truth values; others add their mask to the scores.
 _READ_TRUTH = ("sdpa", TRAINING_ATTENTION)
@@ -147,11 +148,7 @@ class XLMRobertaPrefixLM(PrefixLM, XLMRobertaForCausalLM):
     counts_from_padding = True
 
 
-_CLASSES = {
-    "bert": BertPrefixLM,
-    "roberta": RobertaPrefixLM,
-    "xlm-roberta": XLMRobertaPrefixLM,
-}
+_CLASSES = dict(zip(WRITERS, (BertPrefixLM, RobertaPrefixLM, XLMRobertaPrefixLM)))
 
 
 def prefix_lm_class(model_type: str) -> type[PrefixLM]:
@@ -161,7 +158,7 @@ def prefix_lm_class(model_type: str) -> type[PrefixLM]:
         ExperimentError: It has none.
     """
     if model_type not in _CLASSES:
-        raise ExperimentError(f"{model_type} cannot write: generation has {', '.join(_CLASSES)}")
+        raise ExperimentError(f"{model_type} cannot write; generation has {', '.join(_CLASSES)}")
     return _CLASSES[model_type]
 
 

@@ -20,6 +20,8 @@ METRICS = {
     "similarity": ("pearson", "spearman"),
     "generation": ("rouge1", "rouge2", "rougeL", "bleu4", "meteor"),
 }
+# Architectures that can write.
+WRITERS = ("bert", "roberta", "xlm-roberta")
 # What the span metrics are made of.
 SPAN_VALUES = ("exact_match", "f1")
 
@@ -321,13 +323,19 @@ def parse_tasks(tasks: dict[str, Any]) -> dict[str, AnyTask]:
     return parsed
 
 
-def check_tasks(tasks: dict[str, AnyTask], training: TaskTraining, max_tokens: int | None) -> None:
+def check_tasks(
+    tasks: dict[str, AnyTask],
+    training: TaskTraining,
+    max_tokens: int | None,
+    model_types: set[str],
+) -> None:
     """Refuses tasks and fine-tuning settings that cannot work.
 
     Args:
         tasks: By name.
         training: The fine-tuning.
         max_tokens: Positions of the models that are fine-tuned; None where not known yet.
+        model_types: Their architectures.
 
     Raises:
         ExperimentError: Names the value, the rule and the setting.
@@ -349,6 +357,11 @@ def check_tasks(tasks: dict[str, AnyTask], training: TaskTraining, max_tokens: i
                 _check_positive(f"tasks.{name}.{key}", value)
         else:
             _check_task(name, task)
+        silent = sorted(model_types - {*WRITERS})
+        if task.kind == "generation" and silent:
+            raise ExperimentError(
+                f"task={name}: {silent[0]} cannot write; generation has {', '.join(WRITERS)}"
+            )
         for cell in training.cells(name, task):
             _check_cell(name, task, cell, max_tokens)
 

@@ -147,6 +147,7 @@ def finetune(
     keep_in: Path | None = None,
     guide: Guide | None = None,
     checkpoints: Path | None = None,
+    lm_head: dict[str, Tensor] | None = None,
 ) -> Scored:
     """Trains a copy of the encoder with a new head; keeps the epoch that validates best.
 
@@ -164,12 +165,13 @@ def finetune(
         keep_in: Folder for the fine-tuned model, or None.
         guide: What is minimised instead of the loss on the labels.
         checkpoints: Folder for checkpoints; the last whole one that lies there is gone on from.
+        lm_head: What a model that writes begins with.
 
     Raises:
         ExperimentError: The training loss is not finite, or a metric is not defined.
     """
     settings, data = job.settings, job.data
-    model = with_head(encoder, job)
+    model = with_head(encoder, job, lm_head)
     train = encode(
         data.train.at_most(settings.max_train_examples),
         job.task.kind, True, tokenizer, settings, job.cache,
@@ -292,8 +294,15 @@ def build_guide_objective(model: PreTrainedModel, guide: Guide, job: Finetuning)
     return build_objective(settings, guide.teacher, model, job.task.kind)
 
 
-def with_head(encoder: PreTrainedModel, job: Finetuning) -> PreTrainedModel:
+def with_head(
+    encoder: PreTrainedModel, job: Finetuning, lm_head: dict[str, Tensor] | None = None
+) -> PreTrainedModel:
     """A copy under a head for the task, drawn from the seed; with its own, if it has that already.
+
+    Args:
+        encoder: The model.
+        job: The task.
+        lm_head: Of generation: weights instead of drawn ones.
 
     Raises:
         ExperimentError: The architecture has no such head.
@@ -313,6 +322,7 @@ def with_head(encoder: PreTrainedModel, job: Finetuning) -> PreTrainedModel:
     try:
         if kind == "generation":
             model: PreTrainedModel = prefix_lm_class(config.model_type)(config)
+            model.load_state_dict(lm_head or {}, strict=False)
         else:
             model = _class_of(kind).from_config(config, dtype=torch.float32)
     except ExperimentError as error:
