@@ -133,7 +133,7 @@ def test_options_reach_the_search(run, model):
     plain = run(jsonl("w1 w2"))[1][0]["output"].split()
     short = run(jsonl("w1 w2"), "--max-length", "2")[1][0]["output"].split()
     assert len(short) <= 2 < len(plain)
-    status, lines, _ = run(
+    _, lines, _ = run(
         jsonl("w1 w2"), "--num-beams", "3", "--length-penalty", "0.5", "--no-repeat-ngram-size",
         "1", "--min-length", "5", "--max-length", "7",
     )  # fmt: skip

@@ -68,12 +68,8 @@ def loops(real, source):
     seen = [[False] * size for _ in range(size)]
     for row in range(size):
         for column in range(size):
-            if not real[column]:
-                continue
-            if source[column]:  # the source is seen by all
-                seen[row][column] = True
-            elif not source[row] and column <= row:  # the target by what comes later in it
-                seen[row][column] = True
+            by_target = not source[row] and column <= row  # what came before, and itself
+            seen[row][column] = bool(real[column] and (source[column] or by_target))
     return seen
 
 

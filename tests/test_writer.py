@@ -1,5 +1,6 @@
-"""Decoding of tiny random models: searched by hand, with and without cache, alone and in batches."""
+"""Decoding of tiny random models: by hand, with and without cache, alone and in batches."""
 
+import itertools
 import json
 import random
 import subprocess
@@ -192,7 +193,7 @@ def test_what_is_written_has_no_ngram_twice():
     def repeats(writer):
         counts = 0
         for target in writer.decode(sources):
-            pairs = [pair for pair in zip(target, target[1:]) if 5 not in pair]
+            pairs = [pair for pair in itertools.pairwise(target) if 5 not in pair]
             counts += len(pairs) - len(set(pairs))
         return counts
 

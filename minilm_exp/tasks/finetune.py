@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -387,9 +388,9 @@ def _evaluate(
     scores = {}
     for name, part in parts.items():
         if isinstance(model, PrefixLM):
-            # In float32, so that the saved model writes the same.
             writer = Writer(model, tokenizer, writing_of(job.settings))
-            predictions[name] = writer.write_encoded(part.encoded["input_ids"][:])
+            with _in_float32(model):
+                predictions[name] = writer.write_encoded(part.encoded["input_ids"][:])
             scores[name] = (_score(job, name, part, predictions[name]), len(part.examples))
             continue
         logits = predict(model, part.encoded, tokenizer, job.precision)
@@ -401,6 +402,17 @@ def _evaluate(
         predictions[name] = _predictions(job, part, logits)
         scores[name] = (_score(job, name, part, predictions[name]), len(part.examples))
     return combine_parts(scores), predictions
+
+
+@contextlib.contextmanager
+def _in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Without the autocast that training puts around a model: the saved one writes the same."""
+    wrapped = vars(model).pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            vars(model)["forward"] = wrapped
 
 
 def _score(job: Finetuning, name: str, part: _Part, predictions: list[Any]) -> dict[str, float]:
