@@ -772,14 +772,16 @@ NUMBERS_FROM_ZERO = {"seed", "training.warmup_steps", "training.weight_decay",
                      "training.attention_dropout", "training.adam_beta1",
                      "training.adam_beta2", "tracking.retry_seconds"}  # fmt: skip
 TASK_NUMBERS_FROM_ZERO = {"weight_decay", "doc_stride", "hidden_dropout", "attention_dropout",
-                          "warmup_ratio"}  # fmt: skip
+                          "warmup_ratio", "min_target_length", "label_smoothing",
+                          "no_repeat_ngram_size"}  # fmt: skip
 # Facts of a teacher are compared with its checkpoint; these two are checked where they are used.
 USED_AS = {"teacher.paper_layer": "layer_selection.teacher_layer",
            "teacher.num_relation_heads": "relation_set.num_relation_heads"}  # fmt: skip
 OVERRIDES = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-4, "warmup_ratio": 0.1,
              "weight_decay": 0.1, "hidden_dropout": 0.1, "attention_dropout": 0.1,
              "max_length": 32, "doc_stride": 8, "max_train_examples": 9,
-             "max_validation_examples": 9}  # fmt: skip
+             "max_validation_examples": 9, "max_target_length": 8, "min_target_length": 1,
+             "label_smoothing": 0.1, "num_beams": 2, "no_repeat_ngram_size": 2}  # fmt: skip
 
 
 def may_be_zero(name):
@@ -820,7 +822,9 @@ def test_numbers_below_their_range_are_named(settings_for, compose_config):
     assert unnoticed == []
 
 
-@pytest.mark.parametrize("family", ["glue", "squad", "xnli", "mlqa"])
+@pytest.mark.parametrize(
+    "family", ["glue", "squad", "xnli", "mlqa", "xsum", "cnn_dailymail", "squad_qg"]
+)
 def test_numbers_of_every_family_are_checked(family, settings_for):
     """A family that no chosen task has, wrong until a later run chooses one."""
     name = f"task_training.families.{family}.learning_rate"
