@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import steps
 from benchmarks.finetuning import QNLI_EXAMPLES, SST2_EXAMPLES, FinetuningSpeed
+from benchmarks.generation import CachedDecoding
 from benchmarks.measure import (
     alone,
     circumstances,
@@ -390,6 +391,24 @@ def finetuning(
     return rows
 
 
+def decoding(num_rounds: int, num_sources: int, num_source_tokens: int) -> list[Row]:
+    """48 tokens of each target, with a cache and with the prefix computed anew at every step."""
+    rows = []
+    for num_beams in (1, 5):
+        case = CachedDecoding(num_sources, num_source_tokens, num_beams)
+        runs = {
+            "cached": lambda case=case: case.decode(use_cache=True),
+            "anew": lambda case=case: case.decode(use_cache=False),
+        }
+        seconds = seconds_in_turn(runs, num_rounds, 0)
+        what = f"48 tokens for {num_sources} sources of {num_source_tokens}, {num_beams} beams"
+        for name in runs:
+            rows.append(Row("10 decoding", f"{what}: {name}", median(seconds[name]), "s"))
+        ratio = median_ratio(seconds["anew"], seconds["cached"])
+        rows.append(Row("10 decoding", f"{what}: anew / cached", ratio, "x", "> 5", at_least=3.0))
+    return rows
+
+
 def measure(arguments: argparse.Namespace) -> list[Row]:
     """Every section; the heavy ones smaller with --quick."""
     num_threads = torch.get_num_threads()
@@ -433,6 +452,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
                 lambda: finetuning(packaged, 3, 512, 128, SST2_EXAMPLES, whole=True),
             ),
         ),
+        (10, lambda: decoding(3, 4, 256)),
     ]
     return [
         row
@@ -455,7 +475,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="under 2 minutes, for CI")
     parser.add_argument("--text", nargs="*", help="files for the sections tokens and together")
-    parser.add_argument("--section", type=int, help="only this one, 1 to 9")
+    parser.add_argument("--section", type=int, help="only this one, 1 to 10")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     files = {pattern: sorted(glob.glob(pattern)) for pattern in arguments.text or []}

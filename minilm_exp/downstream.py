@@ -28,6 +28,8 @@ from minilm_exp.tasks.splits import Splits, find_splits
 from minilm_exp.tracking import Tracker
 
 _log = logging.getLogger(__name__)
+# Sources with their targets and outputs that MLflow shows.
+_NUM_EXAMPLES = 20
 
 
 @dataclass
@@ -225,7 +227,10 @@ class Scoring:
     ) -> Scored:
         """One fine-tuning as a run of its own, or what an earlier one of the same content gave."""
         stages = self.stages if role == "student" else None
-        key = _key(job, model.fingerprint if stages is None else stages.fingerprint(job))
+        if stages is None:
+            key = _key(job, model.fingerprint_for(job.task.kind))
+        else:
+            key = _key(job, stages.fingerprint(job))
         place = self._place(key)
         file = self.settings.outputs / "finetuned" / f"{key}.json"
         done = self.folder / "finetuned" / key
@@ -244,7 +249,7 @@ class Scoring:
             place / "run_id",
         )
         try:
-            params = asdict(job.settings) if stages is None else stages.params(job)
+            params = job.settings.as_dict() if stages is None else stages.params(job)
             child.log_params({"task": job.name, "role": role, "seed": job.seed} | params)
             if stored is not None:
                 scored = Scored.of(stored, job.task.kind)
@@ -272,6 +277,10 @@ class Scoring:
             child.log_metrics(best | {"best/epoch": scored.best_epoch})
             for path in self._write_predictions(job, role, cell, scored):
                 child.log_artifact(path, "predictions")
+            if job.task.kind == "generation":
+                for part, examples in _scored_parts(job):
+                    table = _examples(examples, scored.predictions[part])
+                    child.log_table(table, f"examples/{part or 'validation'}.json")
         except BaseException as error:
             child.fail(error)
             raise
@@ -303,7 +312,7 @@ class Scoring:
             )
         return finetune(
             model.encoder, model.tokenizer, job, title, tracker.log_metrics, folder,
-            checkpoints=place / "checkpoints",
+            checkpoints=place / "checkpoints", lm_head=model.lm_head,
         )  # fmt: skip
 
     def _finetuned_teacher(self, job: Finetuning, name: str) -> Path:
@@ -484,7 +493,9 @@ def _key(job: Finetuning, weights: str) -> str:
     definition = asdict(job.task)
     for name in ("data", "train_data", "files"):
         definition.pop(name, None)
-    settings = {n: v for n, v in asdict(job.settings).items() if n not in LIMITS}
+    settings = {n: v for n, v in job.settings.as_dict().items() if n not in LIMITS}
+    if job.task.kind != "generation":
+        definition.pop("target_column", None)
     seed: int | None = job.seed
     if not job.task.is_trained:
         settings, seed = {"max_length": job.settings.max_length}, None  # nothing is trained
@@ -525,6 +536,18 @@ def _lines(examples: Examples, predictions: list[Any], names: list[str] | None) 
             row, prediction = row | {"label": names[row["label"]]}, names[prediction]
         lines.append(json.dumps(row | {"prediction": prediction}, ensure_ascii=False) + "\n")
     return "".join(lines)
+
+
+def _examples(examples: Examples, predictions: list[str]) -> dict[str, list[str]]:
+    """Some at even distances, for people to read."""
+    number = min(_NUM_EXAMPLES, len(predictions))
+    chosen = [index * len(predictions) // number for index in range(number)]
+    rows = examples.rows[chosen]
+    return {
+        "source": rows["source"],
+        "target": rows["target"],
+        "output": [predictions[index] for index in chosen],
+    }
 
 
 def _read(file: Path, job: Finetuning) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,6 +105,26 @@ def load_masked_lm(teacher: Teacher, encoder: PreTrainedModel) -> PreTrainedMode
             " objective, or recipe=task_specific for the predictions of a task"
         )
     return model.eval().requires_grad_(False)
+
+
+def load_lm_head(source: Path | str, revision: str | None = None) -> dict[str, Tensor]:
+    """The checkpoint's head of masked language modelling without its embeddings; empty if none.
+
+    A model that writes begins with it.
+    """
+    with told_simply(source):
+        loaded: Any = AutoModelForMaskedLM.from_pretrained(
+            source, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
+    model, found = loaded
+    if found["missing_keys"] or found["mismatched_keys"]:
+        return {}
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(f"{model.base_model_prefix}.")
+        and not name.endswith("decoder.weight")
+    }
 
 
 def add_masked_lm_head(

@@ -115,7 +115,12 @@ def parse(
         check_init(settings)
     if "corpus" not in settings.unread_groups:
         check_corpus(settings)
-    check_tasks(settings.tasks, settings.task_training, _max_tokens(settings, student_facts))
+    check_tasks(
+        settings.tasks,
+        settings.task_training,
+        _max_tokens(settings, student_facts),
+        _model_types(settings, student_facts),
+    )
     return settings
 
 
@@ -272,6 +277,12 @@ def _check_head(stage: Stage, earlier: dict[str, Stage]) -> None:
     if not settings.tasks or fixed:
         named = f"task={fixed[0]} trains nothing" if fixed else "there is no task"
         raise ExperimentError(f"data=task needs tasks to learn, but {named}: set task=NAME")
+    written = [name for name, task in settings.tasks.items() if task.kind == "generation"]
+    if written:
+        raise ExperimentError(
+            f"data=task: no objective compares models on task={written[0]} (generation); distil on"
+            " the corpus and fine-tune there, or choose another task"
+        )
     if stage.start is None and settings.student.vocabulary != "full":
         raise ExperimentError(
             f"student.vocabulary={settings.student.vocabulary}: the corpus says what stays, and"
@@ -379,6 +390,12 @@ def _max_tokens(settings: Settings, student_facts: dict[str, Any] | None) -> int
             max_tokens(student_facts["model_type"], student_facts["max_position_embeddings"])
         )
     return min(longest, default=None)
+
+
+def _model_types(settings: Settings, student_facts: dict[str, Any] | None) -> set[str]:
+    """Architectures of every model that is fine-tuned."""
+    types = set() if "teacher" in settings.unread_groups else {settings.teacher.model_type}
+    return types if student_facts is None else types | {student_facts["model_type"]}
 
 
 def _resolve_init(settings: Settings) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minilm_exp import processes
@@ -20,6 +21,7 @@ from minilm_exp.corpus import PreparedCorpus, fingerprint_corpus, prepare_corpus
 from minilm_exp.downstream import Scoring, find_tasks, load_tasks
 from minilm_exp.errors import ExperimentError
 from minilm_exp.export import write_model_card
+from minilm_exp.heads import load_lm_head
 from minilm_exp.precision import resolve_precision
 from minilm_exp.provenance import (
     RESULTS_VERSION,
@@ -58,6 +60,7 @@ from minilm_exp.teacher import (
     load_encoder,
     load_tokenizer,
     random_encoder,
+    source_of,
 )
 from minilm_exp.tracking import (
     SilentTracker,
@@ -276,7 +279,7 @@ def _distil_and_score(
     models = {
         "student": Model(distilled.student, distilled.tokenizer),
         "undistilled": Model(distilled.undistilled, distilled.tokenizer),
-        "teacher": Model(teacher, tokenizer),
+        "teacher": Model(teacher, tokenizer, _teacher_lm_head(settings)),
     }
     _measure(settings, models, tracker, result)
     _score(settings, tasks, models, scoring, result)
@@ -301,9 +304,13 @@ def _score_checkpoint(
     models = {}
     if "student" in settings.recipe.models:
         assert settings.student.path is not None
-        models["student"] = Model(*load_checkpoint(settings.student.path))
+        path = settings.student.path
+        checkpoint = load_checkpoint(path)
+        head = load_lm_head(Path(path).expanduser()) if _writes(settings) else {}
+        models["student"] = Model(*checkpoint, head)
     if "teacher" in settings.recipe.models:
-        models["teacher"] = Model(load_encoder(settings.teacher), load_tokenizer(settings.teacher))
+        encoder, tokenizer = load_encoder(settings.teacher), load_tokenizer(settings.teacher)
+        models["teacher"] = Model(encoder, tokenizer, _teacher_lm_head(settings))
     corpus = None
     if "corpus" in inputs:
         tokenizer = next(iter(models.values())).tokenizer
@@ -311,6 +318,16 @@ def _score_checkpoint(
     tasks = _load_tasks(settings, splits, corpus, scoring.tracker)
     _measure(settings, models, scoring.tracker, result)
     _score(settings, tasks, models, scoring, result)
+
+
+def _writes(settings: Settings) -> bool:
+    return any(task.kind == "generation" for task in settings.tasks.values())
+
+
+def _teacher_lm_head(settings: Settings) -> dict[str, Tensor]:
+    if not _writes(settings) or settings.teacher.weights == "random":
+        return {}
+    return load_lm_head(*source_of(settings.teacher))
 
 
 def _score(

@@ -21,7 +21,7 @@ from minilm_exp.hub import pinned_commit
 from minilm_exp.precision import teacher_dtype
 from minilm_exp.resolvers import REPOSITORY
 from minilm_exp.settings import NEUTRAL, Settings, as_dict
-from minilm_exp.task_settings import Task
+from minilm_exp.task_settings import GENERATION_SETTINGS, Task
 
 # Raised by every change that CHANGELOG.md declares "changes results".
 RESULTS_VERSION = 3
@@ -69,6 +69,8 @@ def _plain(settings: Settings, precision: str) -> dict[str, Any]:
             task.pop(name, None)
         if task.get("kind") != "similarity":
             task.pop("pooling", None)
+        if task.get("kind") != "generation":
+            task.pop("target_column", None)
     for group, names in {
         # The code that it allows is in the teacher's fingerprint.
         "teacher": ("name", "path", "hub_id", "revision", "package", "trust_remote_code"),
@@ -83,6 +85,7 @@ def _plain(settings: Settings, precision: str) -> dict[str, Any]:
     plain["objective"]["terms"] = list(plain["objective"]["terms"].items())
     plain["training"]["precision"] = precision
     del plain["task_training"]["checkpoint_steps"]
+    _leave_out_generation(plain)
     if settings.recipe.name == "finetune" or not settings.corpus_stages:
         plain["precision"] = precision
     else:
@@ -114,6 +117,19 @@ def hub_commits(settings: Settings) -> dict[str, str]:
             if data is not None:
                 note(f"task.{name}", data.hub_id, data.revision, "dataset")
     return {name: " ".join(dict.fromkeys(commits)) for name, commits in found.items()}
+
+
+def _leave_out_generation(plain: dict[str, Any]) -> None:
+    """Runs without such a task have the keys that they had before there was the kind."""
+    training = plain["task_training"]
+    used = {task["family"] for task in plain["tasks"].values() if task.get("kind") == "generation"}
+    for name, family in list(training["families"].items()):
+        if family["max_target_length"] is not None and name not in used:
+            del training["families"][name]
+    for given in (training, *training["families"].values()):
+        for name in GENERATION_SETTINGS:
+            if given[name] is None:
+                del given[name]
 
 
 def fingerprint_model(path: Path) -> str:

@@ -12,13 +12,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from minilm_exp.errors import ExperimentError, key_of
 
-KINDS = ("classification", "regression", "spans", "similarity")
+KINDS = ("classification", "regression", "spans", "similarity", "generation")
 METRICS = {
     "classification": ("accuracy", "f1", "macro_f1", "macro_recall", "matthews"),
     "regression": ("pearson", "spearman"),
     "spans": ("squad", "squad_v2", "mlqa"),
     "similarity": ("pearson", "spearman"),
+    "generation": ("rouge1", "rouge2", "rougeL", "bleu4", "meteor"),
 }
+# Architectures that can write.
+WRITERS = ("bert", "roberta", "xlm-roberta")
 # What the span metrics are made of.
 SPAN_VALUES = ("exact_match", "f1")
 
@@ -71,8 +74,8 @@ class Task:
 
     Attributes:
         version: Raised when the task's definition changes.
-        kind: classification, regression, spans (answers cut from a text), or similarity (of
-            sentence embeddings, which are scored as they are).
+        kind: classification, regression, spans (answers cut from a text), similarity (of sentence
+            embeddings, which are scored as they are), or generation (a text is written).
         family: Which of the option's settings train it.
         data: Where its data are; `files` instead for the user's own.
         train_data: Where the training split is, if elsewhere.
@@ -83,8 +86,9 @@ class Task:
         languages: Of a cross-lingual task, those that are scored; null: all that there are.
         all_languages: Languages of the data set.
         train_language: The language that is trained on.
-        text_columns: One or two, of classification and regression.
+        text_columns: One or two, of classification and regression; of generation the source.
         label_column: Whole numbers from 0 for classification (or names, in files).
+        target_column: Of generation: what is to be written.
         null_threshold: Of questions that may have no answer: the answer is empty where the null
             score is above that of the best span by more.
         pooling: How a sentence is embedded for similarity: mean, or first_token.
@@ -115,6 +119,7 @@ class Task:
     num_labels: Optional[int] = None
     null_threshold: float = 0.0
     pooling: str = "mean"
+    target_column: Optional[str] = None
 
     @property
     def is_trained(self) -> bool:
@@ -146,6 +151,14 @@ class TaskSettings:
         doc_stride: Tokens by which windows overlap.
         max_train_examples: At most so many, at even distances; null: all.
         max_validation_examples: The same for each validation and test split.
+        max_target_length: Of generation, and so are the next: tokens of the target with its closing
+            one. The source has the rest of max_length.
+        min_target_length: As many are written at least.
+        label_smoothing: Share of each target that all tokens have alike.
+        num_beams: Of the search; 1 is greedy.
+        length_penalty: Power of the length by which beam search divides a target's log probability.
+        no_repeat_ngram_size: n-grams of so many tokens are written once, but for those with a full
+            stop; 0 for no such rule.
     """
 
     epochs: int
@@ -159,8 +172,27 @@ class TaskSettings:
     doc_stride: Optional[int] = None
     max_train_examples: Optional[int] = None
     max_validation_examples: Optional[int] = None
+    max_target_length: Optional[int] = None
+    min_target_length: Optional[int] = None
+    label_smoothing: Optional[float] = None
+    num_beams: Optional[int] = None
+    length_penalty: Optional[float] = None
+    no_repeat_ngram_size: Optional[int] = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """By name; those of generation only where there is a value."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in GENERATION_SETTINGS or value is not None
+        }
 
 
+# What only the kind generation has.
+GENERATION_SETTINGS = (
+    "max_target_length", "min_target_length", "label_smoothing", "num_beams", "length_penalty",
+    "no_repeat_ngram_size",
+)  # fmt: skip
 # They show in what is read: one above the size of the data changes nothing.
 LIMITS = ("max_train_examples", "max_validation_examples")
 
@@ -213,12 +245,22 @@ class TaskTraining:
     doc_stride: Optional[int] = None
     max_train_examples: Optional[int] = None
     max_validation_examples: Optional[int] = None
+    max_target_length: Optional[int] = None
+    min_target_length: Optional[int] = None
+    label_smoothing: Optional[float] = None
+    num_beams: Optional[int] = None
+    length_penalty: Optional[float] = None
+    no_repeat_ngram_size: Optional[int] = None
 
     def cells(self, name: str, task: AnyTask) -> list[TaskSettings]:
         """The settings that a task is trained with: one, or every cell of the search."""
         family = self._family(name, task)
         given = {f.name: getattr(self, f.name) for f in fields(TaskSettings)}
-        given = {key: value for key, value in given.items() if value is not None}
+        given = {
+            key: value
+            for key, value in given.items()
+            if value is not None and (task.kind == "generation" or key not in GENERATION_SETTINGS)
+        }
         plain = {f.name: getattr(family, f.name) for f in fields(TaskSettings)} | given
         single = TaskSettings(**plain)
         if self.search == "none":
@@ -281,13 +323,19 @@ def parse_tasks(tasks: dict[str, Any]) -> dict[str, AnyTask]:
     return parsed
 
 
-def check_tasks(tasks: dict[str, AnyTask], training: TaskTraining, max_tokens: int | None) -> None:
+def check_tasks(
+    tasks: dict[str, AnyTask],
+    training: TaskTraining,
+    max_tokens: int | None,
+    model_types: set[str],
+) -> None:
     """Refuses tasks and fine-tuning settings that cannot work.
 
     Args:
         tasks: By name.
         training: The fine-tuning.
         max_tokens: Positions of the models that are fine-tuned; None where not known yet.
+        model_types: Their architectures.
 
     Raises:
         ExperimentError: Names the value, the rule and the setting.
@@ -309,6 +357,11 @@ def check_tasks(tasks: dict[str, AnyTask], training: TaskTraining, max_tokens: i
                 _check_positive(f"tasks.{name}.{key}", value)
         else:
             _check_task(name, task)
+        silent = sorted(model_types - {*WRITERS})
+        if task.kind == "generation" and silent:
+            raise ExperimentError(
+                f"task={name}: {silent[0]} cannot write; generation has {', '.join(WRITERS)}"
+            )
         for cell in training.cells(name, task):
             _check_cell(name, task, cell, max_tokens)
 
@@ -369,6 +422,11 @@ def _check_task(name: str, task: Task) -> None:
         )
     if (task.data is None) == (task.files is None):
         raise ExperimentError(f"{where}: give either data (hub, data_root) or files")
+    if task.kind == "generation" and (len(task.text_columns) != 1 or task.target_column is None):
+        raise ExperimentError(
+            f"{where}.text_columns={task.text_columns} and .target_column={task.target_column} must"
+            " name one column each: generation reads the first and writes the second"
+        )
     if task.kind != "spans" and len(task.text_columns) not in (1, 2):
         raise ExperimentError(
             f"{where}.text_columns={task.text_columns} must name one or two columns"
@@ -408,6 +466,27 @@ def _check_cell(name: str, task: AnyTask, cell: TaskSettings, max_tokens: int | 
                 f"task_training.doc_stride={cell.doc_stride} (for {name}) must be at least 0 and"
                 f" below max_length={cell.max_length}"
             )
+    if task.kind == "generation":
+        _check_generation(name, cell)
+
+
+def _check_generation(name: str, cell: TaskSettings) -> None:
+    missing = [key for key in GENERATION_SETTINGS if getattr(cell, key) is None]
+    if missing:
+        raise ExperimentError(
+            f"task_training.{missing[0]} (for {name}) is null, but generation needs a number"
+        )
+    assert cell.max_target_length is not None and cell.min_target_length is not None
+    if cell.max_target_length >= cell.max_length:
+        raise ExperimentError(
+            f"task_training.max_target_length={cell.max_target_length} (for {name}) leaves no room"
+            f" for the source: it must be below max_length={cell.max_length}, which both share"
+        )
+    if cell.min_target_length >= cell.max_target_length:
+        raise ExperimentError(
+            f"task_training.min_target_length={cell.min_target_length} (for {name}) must be below"
+            f" max_target_length={cell.max_target_length}"
+        )
 
 
 def _check_values(where: str, given: TaskSettings | TaskTraining) -> None:
@@ -416,10 +495,15 @@ def _check_values(where: str, given: TaskSettings | TaskTraining) -> None:
         name, value = f"{where}.{setting.name}", getattr(given, setting.name)
         if value is None:
             continue
-        if setting.name in ("hidden_dropout", "attention_dropout", "warmup_ratio"):
+        if setting.name == "length_penalty":
+            if not math.isfinite(value):
+                raise ExperimentError(f"{name}={value} must be a finite number")
+        elif setting.name in ("hidden_dropout", "attention_dropout", "warmup_ratio",
+                              "label_smoothing"):  # fmt: skip
             if not 0 <= value < 1:
                 raise ExperimentError(f"{name}={value} must be at least 0 and below 1")
-        elif setting.name in ("weight_decay", "doc_stride"):
+        elif setting.name in ("weight_decay", "doc_stride", "min_target_length",
+                              "no_repeat_ngram_size"):  # fmt: skip
             if not (value >= 0 and math.isfinite(value)):
                 raise ExperimentError(f"{name}={value} must not be negative")
         else:

@@ -7,11 +7,12 @@ import functools
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minilm_exp.errors import ExperimentError
@@ -34,10 +35,24 @@ from minilm_exp.vocabulary import match_vocabularies
 
 @dataclass(frozen=True)
 class Model:
-    """A model to be scored: an encoder without a head, and its tokenizer."""
+    """A model to be scored: an encoder without a head, and its tokenizer.
+
+    Where it writes, it begins with the head of masked language modelling of its checkpoint.
+    """
 
     encoder: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
+    lm_head: dict[str, Tensor] = field(default_factory=dict)
+
+    def fingerprint_for(self, kind: str) -> str:
+        """Of all that a task of this kind takes of it."""
+        if kind != "generation" or not self.lm_head:
+            return self.fingerprint
+        digest = xxhash.xxh3_128(self.fingerprint.encode())
+        for name, tensor in sorted(self.lm_head.items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -108,7 +123,7 @@ class TaskStages:
             for stage in self.stages
         ]
         teachers = [
-            {name: value for name, value in asdict(cell).items() if name not in LIMITS}
+            {name: value for name, value in cell.as_dict().items() if name not in LIMITS}
             for cell in training.cells(job.name, job.task)
         ]
         seeds = training.seeds(self.settings.seed)
@@ -192,7 +207,7 @@ class TaskStages:
             "start": stage.start or stage.settings.student.init,
             "objective": stage.settings.objective_name,
             "head_only": stage.head_only,
-        } | asdict(_own(job, stage).settings)
+        } | _own(job, stage).settings.as_dict()
 
     @staticmethod
     def _child(run: Tracker, stage: Stage, job: Finetuning, place: Path, title: str) -> Tracker:

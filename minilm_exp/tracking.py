@@ -132,6 +132,11 @@ class Tracker:
         """A text as an artifact."""
         self._client.log_text(self.run_id, redact(text), name)
 
+    def log_table(self, columns: dict[str, list[str]], name: str) -> None:
+        """Texts by column, as a table that MLflow shows."""
+        redacted = {column: [redact(text) for text in texts] for column, texts in columns.items()}
+        self._client.log_table(self.run_id, redacted, name)
+
     def log_figure(self, figure: Any, name: str) -> None:
         """A matplotlib figure as an artifact."""
         self._client.log_figure(self.run_id, figure, name)

@@ -43,6 +43,8 @@ def load_task(name: str, task: Task, splits: Splits) -> TaskData:
     num_labels = 1
     if task.kind == "spans":
         convert: Callable[[Task, Table], dict[str, list[Any]]] = _spans
+    elif task.kind == "generation":
+        convert = _sources_and_targets
     elif task.kind in ("regression", "similarity"):
         convert = functools.partial(_labelled, convert_label=_number)
     else:
@@ -201,6 +203,20 @@ def _label_names(name: str, task: Task, train: Table) -> list[str] | None:
     return names
 
 
+def _sources_and_targets(task: Task, table: Table) -> dict[str, list[Any]]:
+    assert task.target_column is not None
+    columns = {"source": task.text_columns[0], "target": task.target_column}
+    texts: dict[str, list[Any]] = {name: _texts(table, columns[name]) for name in columns}
+    for name, column in columns.items():
+        for row, text in enumerate(texts[name]):
+            if not text.strip():
+                raise ExperimentError(
+                    f"{table.place(row)}: {column} is empty, so there is nothing to"
+                    f" {'read' if name == 'source' else 'write'}; leave this row out"
+                )
+    return texts
+
+
 def _spans(task: Task, table: Table) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {
         column: _texts(table, column) for column in ("id", "question", "context")
@@ -246,7 +262,8 @@ def _answers(answer: Any) -> tuple[list[str] | None, list[int] | None]:
 
 
 def _hold_out(name: str, train: Examples, fraction: float) -> tuple[Examples, Examples]:
-    texts = [column for column in ("context", "first", "second") if column in train.rows.features]
+    names = ("context", "first", "second", "source")
+    texts = [column for column in names if column in train.rows.features]
     limit = fraction * 2**64
     rows = zip(*(train.rows[column][:] for column in texts))
     is_held_out = [xxhash.xxh3_64_intdigest("\n".join(row).encode()) < limit for row in rows]

@@ -16,6 +16,7 @@ from minilm_exp.errors import ExperimentError
 from minilm_exp.provenance import fingerprint_files, fingerprint_text, fingerprint_tokenizer
 from minilm_exp.task_settings import TaskSettings
 from minilm_exp.tasks.examples import Examples
+from minilm_exp.tasks.seq2seq import encode_seq2seq, writing_of
 from minilm_exp.tasks.spans import encode_evaluation_windows, encode_training_windows
 
 # Raised when what is written below, or in spans.py, changes.
@@ -35,23 +36,38 @@ def encode(
 ) -> Dataset:
     """Rows with input_ids, token_type_ids where the model has them, `length`, and what is learnt.
 
-    Of pairs the longer text is cut first. Spans become one row a window. Of several processes that
+    Of pairs the longer text is cut first. Spans become one row a window. Sources and targets of
+    generation are in seq2seq.py. Of several processes that
     need the same rows one makes them; a file that is not what was written is made again.
 
     Args:
         examples: To be encoded.
-        kind: classification, regression or spans.
-        for_training: Whether windows are labelled or carry what answers are cut out by.
+        kind: classification, regression, spans or generation.
+        for_training: Whether windows are labelled or carry what answers are cut out by; whether
+            targets follow their sources.
         tokenizer: Of the model.
-        settings: max_length and doc_stride.
+        settings: max_length, doc_stride and max_target_length.
         cache: Folder of earlier encodings.
 
     Raises:
         ExperimentError: max_length has no room for the texts.
     """
     arguments: dict[str, Any] = {"tokenizer": tokenizer, "max_length": settings.max_length}
-    if kind != "spans":
-        function: Any = _encode_texts
+    more: list[Any] = []
+    function: Any
+    if kind == "generation":
+        function = encode_seq2seq
+        writing = writing_of(settings)
+        _check_room(examples, tokenizer, writing.max_source_length)
+        arguments = {
+            "tokenizer": tokenizer,
+            "max_source_length": writing.max_source_length,
+            "max_target_length": writing.max_length,
+            "for_training": for_training,
+        }
+        more = [writing.max_length]
+    elif kind != "spans":
+        function = _encode_texts
         _check_room(examples, tokenizer, settings.max_length)
     else:
         function = encode_training_windows if for_training else encode_evaluation_windows
@@ -66,6 +82,7 @@ def encode(
                 for_training,
                 settings.max_length,
                 settings.doc_stride,
+                *more,
             ]
         )
     )
@@ -91,11 +108,13 @@ def encode(
 def _check_room(examples: Examples, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
     """A tokenizer that has no room for a token does not cut at all."""
     is_pair = "second" in examples.rows.column_names
+    is_source = "source" in examples.rows.column_names
     least = tokenizer.num_special_tokens_to_add(is_pair) + 1 + is_pair
     if max_length < least:
         raise ExperimentError(
-            f"task_training.max_length={max_length} has no room for the"
-            f" {'texts' if is_pair else 'text'} between the special tokens: {least} at least"
+            f"task_training.max_length={max_length} {'without the target ' * is_source}has no room"
+            f" for the {'texts' if is_pair else 'text'} between the special tokens: {least} at"
+            " least"
         )
 
 

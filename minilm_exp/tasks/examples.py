@@ -12,7 +12,8 @@ class Examples:
     """Examples of one split.
 
     Classification and regression have the columns `first`, `second` (of pairs) and `label`; spans
-    have `id`, `question`, `context` and `answers`, as SQuAD has on the hub.
+    have `id`, `question`, `context` and `answers`, as SQuAD has on the hub; generation has `source`
+    and `target`.
     """
 
     rows: Dataset

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterator
@@ -36,10 +38,11 @@ from minilm_exp.checkpoint_code import check_folder
 from minilm_exp.checkpoints import CheckpointedTrainer, not_of_tensors, take_up
 from minilm_exp.distil import Distiller
 from minilm_exp.errors import ExperimentError, reason_of
-from minilm_exp.head_terms import label_loss
+from minilm_exp.head_terms import NO_LABEL, label_loss
 from minilm_exp.heads import compute_heads_in_float32, head_parameters, put_under_head
 from minilm_exp.objective_settings import trains_head
 from minilm_exp.objectives import Objective, build_objective
+from minilm_exp.prefix_lm import PrefixLM, prefix_lm_class, target_loss
 from minilm_exp.settings import Runtime, Settings
 from minilm_exp.states import HEAD_STATES, State
 from minilm_exp.student import set_dropout
@@ -47,8 +50,11 @@ from minilm_exp.task_settings import AnyTask, Task, TaskSettings
 from minilm_exp.tasks.encode import encode
 from minilm_exp.tasks.examples import Examples, TaskData, part_name
 from minilm_exp.tasks.metrics import combine_parts, score_part
+from minilm_exp.tasks.seq2seq import Seq2SeqCollator, writing_of
 from minilm_exp.tasks.spans import Answer, best_answers
+from minilm_exp.writer import Writer
 
+_log = logging.getLogger(__name__)
 # Tokens, padding included, that are evaluated at once.
 _EVALUATION_TOKENS = 2**13
 
@@ -65,7 +71,7 @@ class Scored:
         epochs: The validation metrics after each epoch.
         best_epoch: Counted from 1.
         predictions: For each part, of the test parts with `test_` before their name: classes,
-            numbers or answers, in the order of the examples.
+            numbers, answers or texts, in the order of the examples.
     """
 
     metrics: dict[str, float]
@@ -144,6 +150,7 @@ def finetune(
     keep_in: Path | None = None,
     guide: Guide | None = None,
     checkpoints: Path | None = None,
+    lm_head: dict[str, Tensor] | None = None,
 ) -> Scored:
     """Trains a copy of the encoder with a new head; keeps the epoch that validates best.
 
@@ -161,12 +168,13 @@ def finetune(
         keep_in: Folder for the fine-tuned model, or None.
         guide: What is minimised instead of the loss on the labels.
         checkpoints: Folder for checkpoints; the last whole one that lies there is gone on from.
+        lm_head: What a model that writes begins with.
 
     Raises:
         ExperimentError: The training loss is not finite, or a metric is not defined.
     """
     settings, data = job.settings, job.data
-    model = with_head(encoder, job)
+    model = with_head(encoder, job, lm_head)
     train = encode(
         data.train.at_most(settings.max_train_examples),
         job.task.kind, True, tokenizer, settings, job.cache,
@@ -180,11 +188,13 @@ def finetune(
     with tempfile.TemporaryDirectory() as temporary:
         folder = checkpoints or Path(temporary)
         trainer = _Trainer(
-            kind=job.task.kind,
+            job=job,
             log_metrics=log_metrics,
             model=model if distiller is None else distiller,
             args=_training_arguments(job, folder, checkpoints is not None),
-            data_collator=Collator(tokenizer, train.column_names),
+            data_collator=Seq2SeqCollator(tokenizer)
+            if job.task.kind == "generation"
+            else Collator(tokenizer, train.column_names),
             train_dataset=_Numbered(train),
             best=best,
             keep_checkpoints=2,
@@ -209,10 +219,29 @@ def finetune(
         scores, found = _evaluate(job, model, tokenizer, _parts(job, data.test, tokenizer), title)
         metrics |= {f"test_{name}": value for name, value in scores.items()}
         predictions |= {part_name("test", part): values for part, values in found.items()}
-    if keep_in is not None:
+    if job.task.kind == "generation":
+        _tell_what_is_cut(job, train, validation)
+    if keep_in is not None and isinstance(model, PrefixLM):
+        assert isinstance(job.task, Task)
+        Writer(model, tokenizer, writing_of(settings, job.task.text_columns[0])).save(keep_in)
+    elif keep_in is not None:
         model.save_pretrained(keep_in)
         tokenizer.save_pretrained(keep_in)
     return Scored(metrics, best.epochs, best.best_epoch, predictions)
+
+
+def _tell_what_is_cut(job: Finetuning, train: Dataset, validation: dict[str, _Part]) -> None:
+    writing = writing_of(job.settings)
+    encoded = [train, *(part.encoded for part in validation.values())]
+    num_sources = sum(sum(one["source_is_cut"][:]) for one in encoded)
+    num_targets = sum(train["target_is_cut"][:])
+    if num_sources or num_targets:
+        _log.warning(
+            "%s: %d of %d sources were cut to %d tokens, %d of %d targets to %d"
+            " (task_training.max_length, .max_target_length)",
+            job.name, num_sources, sum(map(len, encoded)), writing.max_source_length,
+            num_targets, len(train), writing.max_length,
+        )  # fmt: skip
 
 
 def _training_arguments(job: Finetuning, folder: Path, saves: bool) -> TrainingArguments:
@@ -270,8 +299,15 @@ def build_guide_objective(model: PreTrainedModel, guide: Guide, job: Finetuning)
     return build_objective(settings, guide.teacher, model, job.task.kind)
 
 
-def with_head(encoder: PreTrainedModel, job: Finetuning) -> PreTrainedModel:
+def with_head(
+    encoder: PreTrainedModel, job: Finetuning, lm_head: dict[str, Tensor] | None = None
+) -> PreTrainedModel:
     """A copy under a head for the task, drawn from the seed; with its own, if it has that already.
+
+    Args:
+        encoder: The model.
+        job: The task.
+        lm_head: Of generation: weights instead of drawn ones.
 
     Raises:
         ExperimentError: The architecture has no such head.
@@ -280,7 +316,7 @@ def with_head(encoder: PreTrainedModel, job: Finetuning) -> PreTrainedModel:
     set_seed(job.seed)
     config = copy.deepcopy(encoder.config)
     set_dropout(config, settings.hidden_dropout, settings.attention_dropout)
-    if kind != "spans":
+    if kind in ("classification", "regression"):
         config.num_labels = data.num_labels
         config.problem_type = (
             "regression" if kind == "regression" else "single_label_classification"
@@ -289,7 +325,15 @@ def with_head(encoder: PreTrainedModel, job: Finetuning) -> PreTrainedModel:
             config.id2label = dict(enumerate(data.label_names))
             config.label2id = {name: number for number, name in enumerate(data.label_names)}
     try:
-        model = _class_of(kind).from_config(config, dtype=torch.float32, trust_remote_code=False)
+        if kind == "generation":
+            model: PreTrainedModel = prefix_lm_class(config.model_type)(config)
+            model.load_state_dict(lm_head or {}, strict=False)
+        else:
+            model = _class_of(kind).from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            )
+    except ExperimentError as error:
+        raise ExperimentError(f"{error}: leave {job.name} out of task") from error
     except ValueError as error:
         raise ExperimentError(
             f"transformers has no {kind} head for {config.model_type}: leave {job.name} out of task"
@@ -307,7 +351,7 @@ def with_head(encoder: PreTrainedModel, job: Finetuning) -> PreTrainedModel:
 
 
 def load_finetuned(folder: Path, kind: str) -> PreTrainedModel:
-    """A fine-tuned model as `finetune` saved it, with its head.
+    """A fine-tuned model as `finetune` saved it, with its head; of generation see `Writer`.
 
     Raises:
         ExperimentError: It cannot be loaded.
@@ -359,8 +403,15 @@ def _evaluate(
     title: str,
 ) -> tuple[dict[str, float], dict[str, list[Any]]]:
     """Metrics over all parts, and the predictions for each."""
-    predictions, scores = {}, {}
+    predictions: dict[str, list[Any]] = {}
+    scores = {}
     for name, part in parts.items():
+        if isinstance(model, PrefixLM):
+            writer = Writer(model, tokenizer, writing_of(job.settings))
+            with _in_float32(model):
+                predictions[name] = writer.write_encoded(part.encoded["input_ids"][:])
+            scores[name] = (_score(job, name, part, predictions[name]), len(part.examples))
+            continue
         logits = predict(model, part.encoded, tokenizer, job.precision)
         if not all(numpy.isfinite(row).all() for row in logits):
             raise ExperimentError(
@@ -368,11 +419,23 @@ def _evaluate(
                 " task_training.learning_rate"
             )
         predictions[name] = _predictions(job, part, logits)
-        scores[name] = (
-            score_part(job.name, job.task, name, part.examples, predictions[name]),
-            len(part.examples),
-        )
+        scores[name] = (_score(job, name, part, predictions[name]), len(part.examples))
     return combine_parts(scores), predictions
+
+
+@contextlib.contextmanager
+def _in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Without the autocast that training puts around a model: the saved one writes the same."""
+    wrapped = vars(model).pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            vars(model)["forward"] = wrapped
+
+
+def _score(job: Finetuning, name: str, part: _Part, predictions: list[Any]) -> dict[str, float]:
+    return score_part(job.name, job.task, name, part.examples, predictions)
 
 
 def _predictions(job: Finetuning, part: _Part, logits: list[numpy.ndarray]) -> list[Any]:
@@ -487,24 +550,30 @@ class _Trainer(CheckpointedTrainer):
 
     def __init__(
         self,
-        kind: str,
+        job: Finetuning,
         log_metrics: Callable[[dict[str, float], int], None],
         best: _BestEpoch,
         **arguments: Any,
     ) -> None:
         super().__init__(callbacks=[best], **arguments)
-        self._kind, self._log_metrics, self._best = kind, log_metrics, best
+        self._job, self._log_metrics, self._best = job, log_metrics, best
 
     def get_batch_samples(self, *given: Any, **named: Any) -> Any:
         batches, _ = super().get_batch_samples(*given, **named)
         self._num_batches = len(batches)
-        self._num_examples = max(1, sum(len(batch["input_ids"]) for batch in batches))
+        self._size = max(1, sum(map(self._size_of, batches)))
         self._num_summed += 1
         return batches, None
 
+    def _size_of(self, batch: dict[str, Tensor]) -> int:
+        """What a mean is taken over: examples, or tokens of targets."""
+        if self._job.task.kind == "generation":
+            return int((batch["labels"] != NO_LABEL).sum())
+        return len(batch["input_ids"])
+
     def compute_loss(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
         numbers = inputs.pop("index").tolist()
-        share = len(inputs["input_ids"]) / self._num_examples
+        share = self._size_of(inputs) / self._size
         # The library divides by the number of micro-batches.
         weight = share * self._num_batches
         if isinstance(model, Distiller):
@@ -512,11 +581,14 @@ class _Trainer(CheckpointedTrainer):
             terms_T = output["terms"] * share
             self._sums = terms_T if self._sums is None else self._sums + terms_T
             loss = output["loss"]
+        elif isinstance(model, PrefixLM):
+            smoothing = self._job.settings.label_smoothing or 0.0
+            loss = target_loss(model(**inputs).logits, inputs["labels"], smoothing)
         else:
             labels = inputs.pop("labels")
             output = model(**inputs)
             logits = {State(name): output[name] for name in HEAD_STATES if name in output}
-            loss = label_loss(self._kind, logits, inputs["attention_mask"], labels)
+            loss = label_loss(self._job.task.kind, logits, inputs["attention_mask"], labels)
         self.note_loss(loss, numbers)
         return loss * weight
 

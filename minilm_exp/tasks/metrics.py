@@ -1,4 +1,4 @@
-"""Scores of classification, regression and cut-out answers, as fractions of 1."""
+"""Scores of classification, regression, cut-out answers and written texts, as fractions of 1."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from minilm_exp.task_settings import SPAN_VALUES, AnyTask, Task
 from minilm_exp.tasks.answers import mlqa_scores, squad_scores, squad_v2_scores
 from minilm_exp.tasks.examples import Examples
 from minilm_exp.tasks.spans import Answer
+from minilm_exp.tasks.text_scores import has_wordnet, text_scores
 
 
 def score_part(
@@ -29,7 +30,7 @@ def score_part(
         task: Names the metrics.
         part: The name of the part; of a cross-lingual task, its language.
         examples: With the right answers.
-        predictions: Classes, numbers or `Answer`s, one for each example.
+        predictions: Classes, numbers, `Answer`s or texts, one for each example.
 
     Raises:
         ExperimentError: A metric is not defined for these values.
@@ -37,6 +38,8 @@ def score_part(
     if task.kind == "spans":
         golds = [answers["text"] for answers in examples.rows["answers"][:]]
         return _span_scores(task.metrics, part, golds, predictions)
+    if task.kind == "generation":
+        return text_scores(task.metrics, examples.rows["target"][:], predictions)
     check_labels(name, task, part, examples)
     labels = numpy.asarray(examples.rows["label"][:])
     scores = {}
@@ -59,7 +62,11 @@ def check_labels(name: str, task: AnyTask, part: str, examples: Examples) -> Non
         ExperimentError: All labels are the same, and not accuracy alone is asked for.
     """
     undefined = [metric for metric in task.metrics if metric != "accuracy"]
-    if task.kind == "spans" or not undefined or len(set(examples.rows["label"][:])) > 1:
+    if (
+        task.kind in ("spans", "generation")
+        or not undefined
+        or len(set(examples.rows["label"][:])) > 1
+    ):
         return
     advice = ["give data with several"]
     if (
@@ -87,7 +94,9 @@ def check_score_names(name: str, task: AnyTask, parts: Iterable[str]) -> None:
     Raises:
         ExperimentError: Names what will be measured.
     """
-    values = SPAN_VALUES if task.kind == "spans" else task.metrics
+    values = SPAN_VALUES if task.kind == "spans" else tuple(task.metrics)
+    if task.kind == "generation":
+        values = tuple(name for name in values if name != "meteor" or has_wordnet())
     measured = set(combine_parts({part: (dict.fromkeys(values, 0.0), 1) for part in parts}))
     for setting, value in (("score", task.score), ("select", task.selected_by)):
         if value not in measured:

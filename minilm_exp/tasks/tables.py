@@ -44,8 +44,9 @@ def read_table(task: Task, split: Split) -> Table:
         ExperimentError: A file cannot be read, a column is missing, or there are no rows.
     """
     needed = ["id", "question", "context", "answers"]
+    learnt = "label_column" if task.kind != "generation" else "target_column"
     if task.kind != "spans":
-        needed = list(dict.fromkeys([*task.text_columns, task.label_column]))
+        needed = list(dict.fromkeys([*task.text_columns, getattr(task, learnt)]))
     values: dict[str, list[Any]] = {column: [] for column in needed}
     sizes = []
     for name, part in _read_parts(split, needed):
@@ -59,7 +60,7 @@ def read_table(task: Task, split: Split) -> Table:
             raise ExperimentError(
                 f"{name} has {what} {', '.join(wrong)}; it has {', '.join(times)[:300]}"
                 + (
-                    f": set {setting}.text_columns and .label_column"
+                    f": set {setting}.text_columns and .{learnt}"
                     if task.kind != "spans"
                     else ", but answers are cut from the columns id, question, context and"
                     " answers{text,answer_start}"
