@@ -452,7 +452,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
                 lambda: finetuning(packaged, 3, 512, 128, SST2_EXAMPLES, whole=True),
             ),
         ),
-        (10, lambda: decoding(3, 4, 256)),
+        (10, lambda: decoding(2, 2, 256)),
     ]
     return [
         row
