@@ -144,15 +144,19 @@ def disturb(
         outputs = folder / f"episode-{outcome.num_episodes}"
         outcome.num_episodes += 1
         for _ in range(draw.randint(1, 3)):
-            processes = start(scenario, outputs)
-            time.sleep(draw.uniform(0, seconds))
+            processes, begin = start(scenario, outputs), time.monotonic()
+            end = begin + draw.uniform(0, seconds)
             victim, number = draw.choice(processes), draw.choice(scenario.signals)
-            if not victim.is_alive:
+            while victim.is_alive and time.monotonic() < end:
+                time.sleep(0.002)
+            if not victim.is_alive:  # the machine has become faster
+                seconds = time.monotonic() - begin
                 [process.wait(60) for process in processes]
                 break
             outcome.moments[moment(outputs)] += 1
             victim.send(number)
             outcome.num_kills += 1
+            print(f"  {scenario.name}: kill {outcome.num_kills}", file=sys.stderr, flush=True)
             victim.wait(90)
             for process in processes:
                 if process is not victim:  # as torchrun does
