@@ -10,6 +10,8 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -71,6 +73,20 @@ class Stop:
             _log.warning("%s: ending after this step, with a checkpoint; once more ends now", name)
         elif time.monotonic() - self._first > _SAME_SIGNAL_SECONDS:
             raise Interrupted(name, "ended within a step; the last checkpoint stands")
+
+
+@contextmanager
+def signals_ignored() -> Iterator[None]:
+    """Lets nothing but SIGKILL end what is done within; for moments."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 class CheckpointedTrainer(Trainer):

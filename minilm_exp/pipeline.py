@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minilm_exp import processes
+from minilm_exp.checkpoints import signals_ignored
 from minilm_exp.claims import claim
 from minilm_exp.corpus import PreparedCorpus, fingerprint_corpus, prepare_corpus
 from minilm_exp.downstream import Scoring, find_tasks, load_tasks
-from minilm_exp.errors import ExperimentError
+from minilm_exp.errors import ExperimentError, reason_of
 from minilm_exp.export import write_model_card
 from minilm_exp.heads import load_lm_head
 from minilm_exp.precision import resolve_precision
@@ -161,15 +162,28 @@ def run_experiment(
             result.elapsed_seconds = time.monotonic() - start
             _finish(tracker, result)
         except BaseException as error:
-            result.elapsed_seconds = time.monotonic() - start
-            reason = processes.failure_of_others()
-            if reason is None:
-                _record_failure(tracker, result, error)
-                raise
-            failure = ExperimentError(reason)
-            _record_failure(tracker, result, failure)
-            raise failure from error
+            # torchrun, which ends all processes when one has, is not to end the record of it.
+            with signals_ignored():
+                result.elapsed_seconds = time.monotonic() - start
+                reason = _reason_in_others(error)
+                if reason is None:
+                    _record_failure(tracker, result, error)
+                    raise
+                failure = ExperimentError(reason)
+                _record_failure(tracker, result, failure)
+                raise failure from error
     return result
+
+
+def _reason_in_others(error: BaseException) -> str | None:
+    """Why this process fails, where that may be the end of another one of the run."""
+    reason = processes.failure_of_others()
+    if reason is None and processes.size() > 1 and isinstance(error, RuntimeError):
+        reason = (
+            f"{reason_of(error)}: another process of this run has ended, whose reason is in"
+            " torchrun's report (signal 9 is often a lack of memory); resume=true goes on"
+        )
+    return reason
 
 
 def _check_processes(settings: Settings) -> None:
