@@ -137,6 +137,8 @@ def test_every_task_reads_its_folder(name, task_of, load, root):
         for language in languages:
             if task.kind == "spans":
                 columns = SQUAD | {"title": ["about a"]}
+            elif task.kind == "generation":
+                columns = {task.text_columns[0]: ["one"], task.target_column: ["two"], "id": ["1"]}
             else:
                 values = [0.5, 4.25] if task.num_labels is None else [0, task.num_labels - 1]
                 columns = {column: ["one", "two"] for column in task.text_columns}
@@ -155,6 +157,9 @@ def test_every_task_reads_its_folder(name, task_of, load, root):
     rows = (loaded.train if task.is_trained else loaded.validation[""]).rows
     if task.kind == "spans":
         assert rows[0] == {key: column[0] for key, column in SQUAD.items()}
+        return
+    if task.kind == "generation":
+        assert rows.to_list() == [{"source": "one", "target": "two"}]
         return
     names = ["first", "second"][: len(task.text_columns)]
     assert rows.column_names == [*names, "label"]
