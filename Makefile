@@ -38,7 +38,7 @@ table: $(STAMP) ## print and write the table of a sweep: NAME=relation_set
 figure: $(STAMP) ## draw the figure of a sweep: NAME=teacher_layer
 	$(BIN)/python -m minilm_exp.figures $(NAME) $(ARGS)
 
-test: $(STAMP) ## run the tests (8 minutes on 2 cores, no network)
+test: $(STAMP) ## run the tests (15 to 25 minutes on 2 cores, no network)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # other cases each time, 20 times as many as `make test` has; TIMES=100 draws more
