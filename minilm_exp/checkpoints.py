@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -129,7 +130,7 @@ class CheckpointedTrainer(Trainer):
             ExperimentError: A loss or a gradient is not finite.
         """
         self.start = start
-        with self.stop:
+        with self.stop, tensors_only(start):
             self.train(resume_from_checkpoint=str(start) if start else None)
         if self.stop.signal == "SIGUSR2":
             signal.raise_signal(signal.SIGUSR2)
@@ -254,12 +255,16 @@ class _Steps(TrainerCallback):
             control.should_save = args.save_strategy != "no" and self._trainer.may_save()
 
 
-def not_of_tensors(checkpoint: Path | None) -> str:
-    """What to do about a checkpoint that was not written by a run."""
-    return (
-        f"{checkpoint} has a file that is not made of tensors and numbers alone and would run"
-        " code: no run wrote it; remove that folder, and find out who put it there"
-    )
+@contextmanager
+def tensors_only(checkpoint: Path | None) -> Iterator[None]:
+    """Says what to do about a checkpoint that was not written by a run."""
+    try:
+        yield
+    except UnpicklingError as error:
+        raise ExperimentError(
+            f"{checkpoint} has a file that is not made of tensors and numbers alone and would run"
+            " code: no run wrote it; remove that folder, and find out who put it there"
+        ) from error
 
 
 def take_up(checkpoints: Path) -> Path | None:

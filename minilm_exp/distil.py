@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import numpy
@@ -27,7 +26,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from minilm_exp import processes
-from minilm_exp.checkpoints import CheckpointedTrainer, not_of_tensors, step_of, take_up
+from minilm_exp.checkpoints import CheckpointedTrainer, step_of, take_up, tensors_only
 from minilm_exp.corpus import PreparedCorpus
 from minilm_exp.errors import ExperimentError
 from minilm_exp.masking import Masker
@@ -271,8 +270,6 @@ def distil(
         else:
             trainer.train_whole(start)
         return trainer.final_losses()
-    except UnpicklingError as error:
-        raise ExperimentError(not_of_tensors(start)) from error
     finally:
         if profiler is not None:
             profiler.close()
@@ -300,7 +297,8 @@ class _DistillationTrainer(CheckpointedTrainer):
 
     def load(self, checkpoint: Path) -> None:
         """Weights and step, without training."""
-        self._load_from_checkpoint(str(checkpoint))
+        with tensors_only(checkpoint):
+            self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> ShuffleSampler:

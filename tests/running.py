@@ -148,3 +148,14 @@ def student_bytes(result, outputs):
     """The weights; folders are looked for below `outputs`, where a copy lies."""
     folder = outputs / "runs" / Path(result["folder"]).name
     return (folder / "student" / "model.safetensors").read_bytes()
+
+
+def small_text(folder):
+    """A file of 43 documents."""
+    text = folder / "text.txt"
+    documents = [
+        " ".join(f"stone {number * step % 97} follows river {number}" for step in range(1, 9))
+        for number in range(43)
+    ]
+    text.write_text("\n\n".join(documents), "utf-8")
+    return text

@@ -20,6 +20,7 @@ from running import (
     results,
     run,
     runs_of,
+    small_text,
 )
 
 from minilm_exp import corpus as corpus_module
@@ -36,13 +37,7 @@ SMOKE = ["experiment=smoke", "task=none", "corpus=text_files", "training.max_ste
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    text = tmp_path_factory.mktemp("text") / "text.txt"
-    documents = [
-        " ".join(f"stone {number * step % 97} follows river {number}" for step in range(1, 9))
-        for number in range(43)
-    ]
-    text.write_text("\n\n".join(documents), "utf-8")
-    return [*SMOKE, f"corpus.files=[{text}]"]
+    return [*SMOKE, f"corpus.files=[{small_text(tmp_path_factory.mktemp('text'))}]"]
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from running import (
     results,
     run,
     runs_of,
+    small_text,
 )
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
@@ -38,13 +39,7 @@ SMOKE = ["experiment=smoke", "task=none", "corpus=text_files", "corpus.held_out_
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    text = tmp_path_factory.mktemp("text") / "text.txt"
-    documents = [
-        " ".join(f"stone {number * step % 97} follows river {number}" for step in range(1, 9))
-        for number in range(43)
-    ]
-    text.write_text("\n\n".join(documents), "utf-8")
-    return [*SMOKE, f"corpus.files=[{text}]"]
+    return [*SMOKE, f"corpus.files=[{small_text(tmp_path_factory.mktemp('text'))}]"]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy
@@ -35,7 +34,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from minilm_exp.attention import use_training_attention
 from minilm_exp.checkpoint_code import check_folder
-from minilm_exp.checkpoints import CheckpointedTrainer, not_of_tensors, take_up
+from minilm_exp.checkpoints import CheckpointedTrainer, take_up
 from minilm_exp.distil import Distiller
 from minilm_exp.errors import ExperimentError, reason_of
 from minilm_exp.head_terms import NO_LABEL, label_loss
@@ -207,8 +206,6 @@ def finetune(
             best.load(start)
         try:
             trainer.train_whole(start)
-        except UnpicklingError as error:
-            raise ExperimentError(not_of_tensors(start)) from error
         finally:
             if distiller is not None:
                 distiller.close()
