@@ -19,9 +19,9 @@ from minilm_exp import processes
 from minilm_exp.checkpoints import signals_ignored
 from minilm_exp.claims import claim
 from minilm_exp.corpus import PreparedCorpus, fingerprint_corpus, prepare_corpus
+from minilm_exp.delivery import Inputs, deliver
 from minilm_exp.downstream import Scoring, find_tasks, load_tasks
 from minilm_exp.errors import ExperimentError, reason_of
-from minilm_exp.export import write_model_card
 from minilm_exp.heads import load_lm_head
 from minilm_exp.precision import resolve_precision
 from minilm_exp.provenance import (
@@ -130,6 +130,7 @@ def run_experiment(
             )
             _clear(Path(finished.folder))
             processes.tell_followers(None)
+            deliver(settings, Inputs(precision, inputs, splits), finished)
             return finished
         folder, interrupted = choose_folder(settings, key)
         left = take_folder(folder, settings.resume)
@@ -172,6 +173,7 @@ def run_experiment(
                 failure = ExperimentError(reason)
                 _record_failure(tracker, result, failure)
                 raise failure from error
+        deliver(settings, Inputs(precision, inputs, splits), result)
     return result
 
 
@@ -297,8 +299,7 @@ def _distil_and_score(
     }
     _measure(settings, models, tracker, result)
     _score(settings, tasks, models, scoring, result)
-    if losses is not None:
-        write_model_card(folder / "student", settings, result, distilled.untrained)
+    result.untrained = distilled.untrained
 
 
 def _task_stages(

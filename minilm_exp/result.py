@@ -26,6 +26,9 @@ class Result:
         replaces: Finished runs of the same key, by MLflow id, which this one stands for once it is
             finished.
         stages: Of a recipe with several stages, the validation losses of each.
+        untrained: Parameters of the student that no stage reached.
+        exports: By export, what was measured of it.
+        pushed_to: Repository of the hub that has the student.
         student_fingerprint: Of the saved student's files, which tells when they are damaged.
         grids: By model and task every cell of a search, not only the best.
     """
@@ -51,6 +54,9 @@ class Result:
     elapsed_seconds: float | None = None
     made_by: dict[str, str] = field(default_factory=dict)
     replaces: list[str] = field(default_factory=list)
+    untrained: list[str] = field(default_factory=list)
+    exports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pushed_to: str | None = None
     student_fingerprint: str | None = None
     error: str | None = None
 

@@ -20,7 +20,7 @@ from minilm_exp.task_settings import TaskTraining
 ROLES = ("student", "undistilled", "teacher")
 # Settings that change no result, only where, how fast and how often it is computed.
 NEUTRAL = ("runtime", "tracking", "outputs_dir", "data_root", "resume", "rerun", "profile",
-           "trial_values", "num_trials")  # fmt: skip
+           "trial_values", "num_trials", "export", "push_to", "report")  # fmt: skip
 # What a trial of a sweep can return.
 TRIAL_VALUES = ("score", "speedup", "parameters")
 
@@ -276,6 +276,9 @@ class Settings:
     notes: list[str] = field(default_factory=list)
     trial_values: list[str] = field(default_factory=lambda: ["score"])
     num_trials: int = 30
+    export: list[str] = field(default_factory=list)
+    push_to: Optional[str] = None
+    report: bool = True
     # Of class Stage, which OmegaConf needs not know.
     stages: list[Any] = field(default_factory=list)
     # What a stage reads, of which these are the settings: corpus or task.

@@ -18,7 +18,6 @@ from minilm_exp import processes
 from minilm_exp.corpus import PreparedCorpus, prepare_corpus
 from minilm_exp.distil import distil
 from minilm_exp.errors import ExperimentError
-from minilm_exp.export import save_student
 from minilm_exp.heads import add_masked_lm_head, load_masked_lm, take_from_under_head
 from minilm_exp.masking import Masker
 from minilm_exp.objective_settings import trains_head
@@ -40,6 +39,7 @@ from minilm_exp.student import (
     load_checkpoint_tokenizer,
     untrained_parameters,
 )
+from minilm_exp.student_folder import save_student
 from minilm_exp.teacher_cache import CACHE_VERSION, TeacherCaches, plan_teacher_cache
 from minilm_exp.tracking import Tracker
 from minilm_exp.vocabulary import count_tokens, match_vocabularies, prune_tokenizer

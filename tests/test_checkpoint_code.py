@@ -21,11 +21,11 @@ from minilm_exp import documents as documents_module
 from minilm_exp.checkpoints import tensors_only
 from minilm_exp.corpus import fingerprint_corpus
 from minilm_exp.errors import ExperimentError
-from minilm_exp.export import save_student
 from minilm_exp.heads import load_masked_lm
 from minilm_exp.hub import hub_commit
 from minilm_exp.provenance import _plain, hub_commits
 from minilm_exp.student import build_student, load_checkpoint
+from minilm_exp.student_folder import save_student
 from minilm_exp.tasks.finetune import load_finetuned
 from minilm_exp.teacher import fingerprint_teacher, load_encoder, load_tokenizer, source_of
 

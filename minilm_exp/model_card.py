@@ -1,12 +1,10 @@
-"""The student as a plain Hugging Face checkpoint, with a model card."""
+"""The model card of a student."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import yaml
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minilm_exp.objective_settings import (
     AnyTerm,
@@ -18,45 +16,9 @@ from minilm_exp.objective_settings import (
 from minilm_exp.redaction import redact, redact_all
 from minilm_exp.result import Result
 from minilm_exp.settings import Settings, as_dict
-from minilm_exp.student import set_dropout
 
 
-def save_student(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-) -> None:
-    """Writes config, safetensors and tokenizer; the folder appears only when all is written.
-
-    The saved config has the teacher's dropout, which fine-tuning expects, not the one that was
-    used for distillation.
-    """
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    used = _dropout(student)
-    set_dropout(student.config, *_dropout(teacher))
-    try:
-        student.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-    finally:
-        set_dropout(student.config, *used)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
-def _dropout(encoder: PreTrainedModel) -> tuple[float, float]:
-    config = encoder.config
-    hidden = getattr(config, "hidden_dropout_prob", getattr(config, "dropout", 0.0))
-    attention = getattr(
-        config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0)
-    )
-    return hidden or 0.0, attention or 0.0
-
-
-def write_model_card(
-    folder: Path, settings: Settings, result: Result, untrained: list[str]
-) -> None:
+def write_model_card(folder: Path, settings: Settings, result: Result) -> None:
     """README.md of the checkpoint: what it is, the measured numbers, what to know, the config."""
     teacher, student = settings.teacher, settings.chain[-1].settings.student
     rows = [
@@ -103,7 +65,7 @@ teacher layer {settings.layer_selection.teacher_layer} of {teacher.num_layers} w
 """
         + "".join(f"| {name} | {value} |\n" for name, value in rows)
         + f"""
-{_warning(untrained)}
+{_warning(result.untrained)}
 ## Use
 
 ```python
