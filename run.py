@@ -37,6 +37,7 @@ from minilm_exp.redaction import redact, remember
 from minilm_exp.resolvers import register_resolvers, sweep_state
 
 if TYPE_CHECKING:
+    from minilm_exp.settings import Settings
     from minilm_exp.sweeping import Session
 
 _failed_jobs: list[str] = []
@@ -52,11 +53,40 @@ _compose = ConfigLoaderImpl._load_configuration
 def _compose_data(loader: ConfigLoaderImpl, *arguments: Any, **named: Any) -> DictConfig:
     """Composes a config, and refuses one that names code before Hydra uses any of it."""
     config = _compose(loader, *arguments, **named)
+    more = _recipe_of_kind(config, named["overrides"])
+    if more:
+        again = {**named, "overrides": [*named["overrides"], *more], "parsed_overrides": None}
+        config = _compose(loader, *arguments, **again)
     refuse_code(config)
     _remember_passwords(config)
     with suppress(OmegaConfBaseException):
         _sweep_folders.append(Path(config.hydra.sweep.dir))
     return config
+
+
+def _recipe_of_kind(config: DictConfig, overrides: list[str]) -> list[str]:
+    """What experiment=compress adds, by what the teacher is; nothing that is given by itself."""
+    if OmegaConf.select(config, "hydra.runtime.choices.experiment") != "compress":
+        return []
+    from minilm_exp.teacher_facts import kind_of
+
+    given = {override.split("=")[0].lstrip("+~") for override in overrides}
+    try:
+        teacher = config.teacher
+        if "recipe" in given or OmegaConf.is_missing(teacher, "path") or not teacher.path:
+            return []
+        kind = kind_of(str(teacher.path), teacher.revision)
+    except (ExperimentError, OmegaConfBaseException):
+        return []  # it is told when the settings are read
+    more = list(_OF_KIND[kind])
+    return [one for one in more if one.split("=")[0] not in given]
+
+
+_OF_KIND = {
+    "encoder": (),
+    "sentence_encoder": ("recipe=sentence_encoder",),
+    "classifier": ("recipe=task_specific", "task=teacher_labels", "teacher.head=own"),
+}
 
 
 def _remember_passwords(config: DictConfig) -> None:
@@ -112,8 +142,6 @@ def job(config: DictConfig) -> float | tuple[float | None, ...] | None:
 def _run(
     config: DictConfig, hydra_config: Any, session: Session | None
 ) -> float | tuple[float | None, ...] | None:
-    from minilm_exp.parsing import parse
-
     if _num_processes() > 1 and hydra_config.mode == RunMode.MULTIRUN:
         raise ExperimentError(
             "torchrun starts the processes of one run, and -m asks for many: leave out one of them"
@@ -122,7 +150,7 @@ def _run(
     chosen = hydra_config.runtime.choices
     typed = {override.split("=")[0].lstrip("+~") for override in hydra_config.overrides.task}
     teacher_was_chosen = chosen.teacher != "minilm_l6" or "teacher" in typed
-    settings = parse(config, teacher_was_chosen, typed)
+    settings = _parse(config, teacher_was_chosen, typed)
     if settings.runtime.num_threads is None:
         # Of submitit's launchers; joblib tells its processes by itself.
         settings.runtime.num_threads = hydra_config.launcher.get("cpus_per_task")
@@ -158,6 +186,20 @@ def _run(
         f" {len(outcome.validation)} held out"
     )
     return None
+
+
+def _parse(config: DictConfig, teacher_was_chosen: bool, typed: set[str]) -> Settings:
+    from minilm_exp.budget import has_budget
+
+    if not has_budget(config):
+        from minilm_exp.parsing import parse
+
+        return parse(config, teacher_was_chosen, typed)
+    from minilm_exp.sizing import print_candidates, settings_of  # heavy: it builds models
+
+    settings = settings_of(config, teacher_was_chosen, typed)
+    print_candidates(settings)
+    return settings
 
 
 def _grid(hydra_config: Any, session: Session | None) -> tuple[int, int]:

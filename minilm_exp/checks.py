@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from minilm_exp.budget import check_budget
 from minilm_exp.errors import ExperimentError
 from minilm_exp.hub import COMMIT
 from minilm_exp.objective_settings import STATE_LETTERS, RelationTerm, check_terms
@@ -124,8 +125,11 @@ def check_values(settings: Settings) -> None:
     """Refuses values that are wrong by themselves, and a few pairs of them."""
     training, student, runtime = settings.training, settings.student, settings.runtime
     _check_magnitudes(settings)
+    check_budget(student.budget)
     check_trust(settings)
     for name, value, choices in (
+        ("teacher.head", settings.teacher.head, ("new", "own")),
+        ("teacher.pooling", settings.teacher.pooling, ("mean", "first_token")),
         ("teacher.weights", settings.teacher.weights, ("pretrained", "random")),
         ("student.init", student.init, ("random", "teacher_layers", "auto")),
         ("student.vocabulary", student.vocabulary, ("full", "prune_to_corpus")),

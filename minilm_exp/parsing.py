@@ -27,7 +27,7 @@ from minilm_exp.errors import ExperimentError, key_of, reason_of
 from minilm_exp.objective_settings import LabelTerm, LogitTerm, parse_terms, trains_head
 from minilm_exp.settings import Settings, Stage, StageGiven, Student, max_tokens
 from minilm_exp.task_settings import check_tasks, parse_changes, parse_tasks
-from minilm_exp.teacher_facts import is_there, read_facts
+from minilm_exp.teacher_facts import is_there, pooling_of, read_facts
 
 
 def parse(
@@ -51,7 +51,7 @@ def parse(
     """
     config = config.copy()
     OmegaConf.set_struct(config, False)
-    for name in ("notes", "stages", "data"):
+    for name in ("notes", "stages", "data", "candidates"):
         if name in config:
             raise ExperimentError(
                 f"there is no setting {name}: it is misspelt, or belongs elsewhere"
@@ -70,6 +70,12 @@ def parse(
         )
     config.outputs_dir = os.path.abspath(os.path.expanduser(str(config.outputs_dir)))
     student_facts = _complete_student(config)
+    is_open = config.student.get("num_layers", 0) is None
+    if is_open and not OmegaConf.is_interpolation(config.student, "num_layers"):
+        raise ExperimentError(
+            "student=budget (experiment=compress) needs a budget: add student.budget.speedup=4,"
+            " student.budget.params=20M or student.budget.latency_ms=5; or a shape: student=NAME"
+        )
     notes = _complete_teacher(config, teacher_was_chosen, typed)
     try:
         # ${teacher.hidden_size} is that of the run's teacher, also in a stage that has another.
@@ -368,7 +374,7 @@ def _become_teacher(config: DictConfig, stage: Stage) -> None:
         "max_position_embeddings": stage.num_positions,
         "paper_layer": student.num_layers,
         "upper_middle_layer": round(5 * student.num_layers / 6),
-        "num_relation_heads": _fitting_heads(
+        "num_relation_heads": fitting_heads(
             wanted_heads, student.hidden_size, config.student.hidden_size
         ),
     }
@@ -446,6 +452,12 @@ def _complete_teacher(
     teacher = config.teacher
     if OmegaConf.is_missing(teacher, "path"):
         raise ExperimentError("teacher=custom needs teacher.path=FOLDER_OR_HUB_ID")
+    if teacher.get("pooling") is None:
+        path, pooling = teacher.get("path"), None
+        readers = [config.recipe, config.objective, config.tasks]
+        if path is not None and "${teacher.pooling}" in OmegaConf.to_yaml(readers):
+            pooling = pooling_of(str(path), teacher.get("revision"))
+        teacher.pooling = pooling or "mean"
     if teacher.get("path") is None:
         return []
     is_custom = teacher.get("name") == "custom"
@@ -456,14 +468,15 @@ def _complete_teacher(
     facts = read_facts(str(teacher.path), teacher.get("revision"))
     num_layers = facts["num_layers"]
     upper_middle_layer = round(5 * num_layers / 6)
-    wanted_heads = 48 if facts["hidden_size"] <= 768 else 64
+    is_large = num_layers >= _LARGE
+    wanted_heads = 64 if facts["hidden_size"] > 768 else 48
     facts |= {
         "name": Path(str(teacher.path)).name,
         "hub_id": None,
         "package": None,
-        "paper_layer": num_layers,
+        "paper_layer": upper_middle_layer if is_large else num_layers,
         "upper_middle_layer": upper_middle_layer,
-        "num_relation_heads": _fitting_heads(
+        "num_relation_heads": fitting_heads(
             wanted_heads, facts["hidden_size"], config.student.hidden_size
         ),
     }
@@ -471,14 +484,29 @@ def _complete_teacher(
         given = f"teacher.{name}" in typed or (is_custom and teacher.get(name) is not None)
         if name == "name" or not given:
             teacher[name] = value
+    which = (
+        "upper middle, round(5/6 of them), as the papers take layer 21 or 19 of 24"
+        if is_large
+        else "the last, as in the papers for teachers of 12 layers"
+    )
+    heads = teacher.num_relation_heads
+    adapted = "" if heads == wanted_heads else ", or the next lower number that divides both sizes"
     return [
-        f"teacher.path: facts read from its config.json; layer {teacher.paper_layer},"
-        f" {teacher.num_relation_heads} relation heads (by default the last layer, and the papers'"
-        f" {wanted_heads} heads or the next lower number that divides both hidden sizes)"
+        f"teacher.path: facts read from its config.json; teacher layer {teacher.paper_layer} of"
+        f" {num_layers}: {which}",
+        f"{heads} relation heads: MiniLMv2's {wanted_heads} for hidden sizes"
+        f" {'above' if wanted_heads == 64 else 'up to'} 768{adapted}",
     ]
 
 
-def _fitting_heads(wanted: int, teacher_hidden_size: int, student_hidden_size: Any) -> int:
+# Layers of what the papers call large.
+_LARGE = 24
+
+
+def fitting_heads(wanted: int, teacher_hidden_size: int, student_hidden_size: Any) -> int:
+    """The wanted number of relation heads, or the next lower one that divides both hidden sizes."""
+    if student_hidden_size is None:  # an interpolation of the teacher's
+        student_hidden_size = teacher_hidden_size
     if not isinstance(student_hidden_size, int) or student_hidden_size < 1:
         return wanted  # what is no size is refused with the other values
     common = math.gcd(teacher_hidden_size, student_hidden_size)

@@ -73,14 +73,20 @@ def _plain(settings: Settings, precision: str) -> dict[str, Any]:
             task.pop("target_column", None)
     for group, names in {
         # The code that it allows is in the teacher's fingerprint.
-        "teacher": ("name", "path", "hub_id", "revision", "package", "trust_remote_code"),
-        "student": ("path", "config"),
+        # The pooling is in the terms that read it.
+        "teacher": (
+            "name", "path", "hub_id", "revision", "package", "trust_remote_code", "pooling",
+        ),
+        # What a budget chose counts, not how.
+        "student": ("path", "config", "budget"),
         "corpus": ("files", "datasets"),
     }.items():
         for name in names:
             del plain[group][name]
     for name in ("logging_steps", "evaluation_steps", "checkpoint_steps", "keep_checkpoints"):
         del plain["training"][name]
+    if plain["teacher"]["head"] == "new":
+        del plain["teacher"]["head"]
     # In their order, in which linear maps are drawn.
     plain["objective"]["terms"] = list(plain["objective"]["terms"].items())
     plain["training"]["precision"] = precision

@@ -27,7 +27,13 @@ TRIAL_VALUES = ("score", "speedup", "parameters")
 
 @dataclass
 class Teacher:
-    """The model that is distilled, and the facts that its checkpoint must confirm."""
+    """The model that is distilled, and the facts that its checkpoint must confirm.
+
+    Attributes:
+        head: On tasks, new: it is fine-tuned on each; own: it predicts with the head of sequence
+            classification that its checkpoint has, and is not trained.
+        pooling: mean or first_token, by which a sentence encoder makes embeddings of its states.
+    """
 
     name: str
     hub_id: Optional[str]
@@ -48,6 +54,8 @@ class Teacher:
     initializer_range: Optional[float]
     # Whether code that its checkpoint brings along is run.
     trust_remote_code: bool = False
+    head: str = "new"
+    pooling: Optional[str] = None
 
     @property
     def max_tokens(self) -> int:
@@ -65,6 +73,38 @@ _POSITIONS_FROM_PADDING = {"roberta", "xlm-roberta", "camembert", "data2vec-text
 
 
 @dataclass
+class Budget:
+    """What the student may cost; its shape is then the largest of those that were measured.
+
+    Attributes:
+        speedup: At least so many times faster than the teacher.
+        params: At most so many parameters, embeddings included and the pooler not: 20M, 500k.
+        latency_ms: At most so many milliseconds for a batch.
+        batch_size: Sequences of the batch that is timed; null: those of the baseline, whose lengths
+            are QNLI's, or 1 with latency_ms.
+        sequence_length: Tokens of each; null: QNLI's lengths, or 128 with latency_ms.
+        threads: Of the timing, if not those of the run.
+        num_layers: Numbers of layers that are tried, instead of shares of the teacher's.
+        hidden_sizes: Hidden sizes that are tried, instead of shares of the teacher's.
+        search: none, or quick: a few settings are compared first, by short runs.
+        search_share: Of training.max_steps, which all the short runs have together.
+        remeasure: Measures although this machine has done so before.
+    """
+
+    speedup: Optional[float] = None
+    params: Any = None
+    latency_ms: Optional[float] = None
+    batch_size: Optional[int] = None
+    sequence_length: Optional[int] = None
+    threads: Optional[int] = None
+    num_layers: Optional[list[int]] = None
+    hidden_sizes: Optional[list[int]] = None
+    search: str = "none"
+    search_share: float = 0.3
+    remeasure: bool = False
+
+
+@dataclass
 class Student:
     """The shape and the start of the model that learns."""
 
@@ -79,6 +119,7 @@ class Student:
     min_token_count: int
     path: Optional[str]
     config: Optional[str]
+    budget: Budget = field(default_factory=Budget)
 
 
 @dataclass
@@ -281,6 +322,8 @@ class Settings:
     report: bool = True
     # Of class Stage, which OmegaConf needs not know.
     stages: list[Any] = field(default_factory=list)
+    # The shapes among which a budget chose.
+    candidates: list[Any] = field(default_factory=list)
     # What a stage reads, of which these are the settings: corpus or task.
     data: str = "corpus"
 
@@ -413,5 +456,6 @@ def flatten(settings: Settings) -> dict[str, Any]:
 def as_dict(settings: Settings) -> dict[str, Any]:
     """The settings as plain nested data."""
     plain = asdict(replace(settings, stages=[]))
-    del plain["notes"], plain["stages"], plain["data"]
+    for name in ("notes", "stages", "data", "candidates"):
+        del plain[name]
     return plain

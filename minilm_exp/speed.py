@@ -62,19 +62,28 @@ def measure_speedup(
     vocab_size = min(one.config.vocab_size for one in models)
     ratios = []
     for round_number in range(_WARMUP_ROUNDS + num_batches):
-        batch = _batch(draw, batch_size, vocab_size, longest, device)
-        seconds = [_time(one, batch) for one in models]
+        batch = draw_batch(draw, batch_size, vocab_size, longest, device)
+        seconds = [seconds_of(one, batch) for one in models]
         if round_number >= _WARMUP_ROUNDS:
             ratios.append(seconds[0] / seconds[1])
     return statistics.median(ratios)
 
 
-def _batch(
-    draw: numpy.random.Generator, batch_size: int, vocab_size: int, longest: int, device: str
+def draw_batch(
+    draw: numpy.random.Generator,
+    batch_size: int,
+    vocab_size: int,
+    longest: int,
+    device: str,
+    length: int | None = None,
 ) -> dict[str, Tensor]:
-    twentieths = numpy.arange(len(QNLI_LENGTHS))
-    places = draw.uniform(0, twentieths[-1], batch_size)
-    sizes = numpy.interp(places, twentieths, QNLI_LENGTHS).astype("int64")
+    """Any tokens, of so many each, or of QNLI's lengths cut off at `longest`."""
+    if length is None:
+        twentieths = numpy.arange(len(QNLI_LENGTHS))
+        places = draw.uniform(0, twentieths[-1], batch_size)
+        sizes = numpy.interp(places, twentieths, QNLI_LENGTHS).astype("int64")
+    else:
+        sizes = numpy.full(batch_size, length)
     lengths = torch.from_numpy(sizes.clip(max=longest))
     longest = int(lengths.max())
     ids = torch.from_numpy(draw.integers(vocab_size // 2, vocab_size, (batch_size, longest)))
@@ -82,7 +91,8 @@ def _batch(
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def _time(model: PreTrainedModel, batch: dict[str, Tensor]) -> float:
+def seconds_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> float:
+    """Wall-clock time of a forward pass."""
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()

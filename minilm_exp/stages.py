@@ -40,6 +40,7 @@ from minilm_exp.student import (
     untrained_parameters,
 )
 from minilm_exp.student_folder import save_student
+from minilm_exp.teacher import sentence_modules_of
 from minilm_exp.teacher_cache import CACHE_VERSION, TeacherCaches, plan_teacher_cache
 from minilm_exp.tracking import Tracker
 from minilm_exp.vocabulary import count_tokens, match_vocabularies, prune_tokenizer
@@ -126,7 +127,8 @@ class Chain:
         last = self.settings.origin.name
         student, tokenizer = models[last], self._tokenizers[last]
         if last in losses and processes.is_leader():
-            save_student(student, self.teacher, tokenizer, self.folder / "student")
+            modules = self._modules(student, last)
+            save_student(student, self.teacher, tokenizer, self.folder / "student", modules)
         return Distilled(
             student,
             self._first[last],
@@ -135,6 +137,20 @@ class Chain:
             losses,
             {name: (model, self._tokenizers[name]) for name, model in models.items()},
         )
+
+    def _modules(self, student: PreTrainedModel, last: str) -> Path | None:
+        """Of a sentence encoder, which its student keeps if its embeddings were trained too."""
+        modules = sentence_modules_of(self.settings.teacher)
+        if modules is None:
+            return None
+        untrained = [name for name in self._untrained[last] if "pooler" not in name]
+        if untrained or student.config.hidden_size != self.settings.teacher.hidden_size:
+            _log.info(
+                "the teacher is a sentence encoder, its student is none: the objective does not"
+                " train the last hidden states (recipe=sentence_encoder does)"
+            )
+            return None
+        return modules
 
     def check(self) -> dict[str, tuple[PreTrainedModel, PreTrainedTokenizerFast]]:
         """Makes the objective of every stage on the corpus, before hours go into the first.

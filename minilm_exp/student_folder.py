@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from minilm_exp.sentence_modules import keep_modules
 from minilm_exp.student import set_dropout
 
 
@@ -15,11 +16,19 @@ def save_student(
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
+    modules: Path | None = None,
 ) -> None:
     """Writes config, safetensors and tokenizer; the folder appears only when all is written.
 
     The saved config has the teacher's dropout, which fine-tuning expects, not the one that was
     used for distillation.
+
+    Args:
+        student: The encoder.
+        teacher: Gives the dropout.
+        tokenizer: The student's.
+        folder: Is replaced.
+        modules: A sentence encoder's folder, whose modules the student keeps.
     """
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -28,6 +37,8 @@ def save_student(
     try:
         student.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        if modules is not None:
+            keep_modules(modules, partial)
     finally:
         set_dropout(student.config, *used)
     shutil.rmtree(folder, ignore_errors=True)

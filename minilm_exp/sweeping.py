@@ -38,12 +38,12 @@ from minilm_exp import resolvers
 from minilm_exp.errors import ExperimentError
 from minilm_exp.estimate import estimate_seconds
 from minilm_exp.locks import AdvisoryLock, is_postgres
-from minilm_exp.parsing import parse
 from minilm_exp.provenance import fingerprint_text, git_state
 from minilm_exp.redaction import redact
 from minilm_exp.resolvers import REPOSITORY
 from minilm_exp.result import Result, write_json
 from minilm_exp.settings import NEUTRAL, TRIAL_VALUES, Tracking
+from minilm_exp.sizing import settings_of
 from minilm_exp.studies import SharedStorage
 from minilm_exp.sweep_record import Cell, Runs, SweepRecord, open_record
 from minilm_exp.sweep_summary import Plan, print_cells, print_end, print_search
@@ -366,7 +366,7 @@ def _plan(config: DictConfig, cell: dict[str, Any], is_cell: bool) -> Plan:
     try:
         with read_write(composed), open_dict(composed):
             del composed["hydra"]
-        settings = parse(composed, True, typed)
+        settings = settings_of(composed, True, typed)
         return Plan(estimate_seconds(settings), find_finished(settings) if is_cell else None)
     except (ExperimentError, OmegaConfBaseException) as error:
         return Plan(error=redact(str(error)))

