@@ -82,6 +82,34 @@ def check_student(settings: Settings, facts: dict[str, Any] | None) -> None:
         )
 
 
+def check_own_head(settings: Settings) -> None:
+    """Refuses a teacher's own head where nothing uses it, and a task that cannot go without."""
+    if settings.teacher.head == "new":
+        if "teacher_labels" in settings.tasks:
+            raise ExperimentError(
+                "task=teacher_labels is labelled by the teacher's own head: set teacher.head=own"
+            )
+        return
+    if settings.teacher.weights == "random":
+        raise ExperimentError(
+            "teacher.head=own: teacher.weights=random has drawn weights, none that predict; set"
+            " teacher.head=new"
+        )
+    classes = ("classification", "regression")
+    others = [name for name, task in settings.tasks.items() if task.kind not in classes]
+    if others or not settings.tasks or "next_passage" in settings.tasks:
+        raise ExperimentError(
+            f"teacher.head=own with task={','.join(settings.tasks) or 'none'}: the head predicts"
+            " classes; choose task=teacher_labels or your own task=text_classification, or set"
+            " teacher.head=new"
+        )
+    if "teacher_labels" in settings.tasks and settings.recipe.name == "finetune":
+        raise ExperimentError(
+            "task=teacher_labels with recipe=finetune: give data of its own with"
+            " task=text_classification, or distil with recipe=task_specific"
+        )
+
+
 def check_trust(settings: Settings) -> None:
     """Refuses code of a checkpoint that nothing pins, that there is not, or that is not used."""
     teacher = settings.teacher
@@ -127,6 +155,7 @@ def check_values(settings: Settings) -> None:
     _check_magnitudes(settings)
     check_budget(student.budget)
     check_trust(settings)
+    check_own_head(settings)
     for name, value, choices in (
         ("teacher.head", settings.teacher.head, ("new", "own")),
         ("teacher.pooling", settings.teacher.pooling, ("mean", "first_token")),
@@ -412,11 +441,12 @@ def check_corpus(settings: Settings) -> None:
         raise ExperimentError("corpus.split=sentence needs text; pretokenized input has none")
     if (
         corpus.pretokenized
-        and "next_passage" in settings.tasks
+        and settings.has_task_of_corpus
         and settings.recipe.name != "prepare_corpus"
     ):
         raise ExperimentError(
-            "task=next_passage is made from text; pretokenized input has none: set task=none"
+            "a task that is made from the corpus needs text, which pretokenized input has not: set"
+            " task=none"
         )
     for pattern in settings.corpus.files:
         if not matching_files(pattern):

@@ -12,19 +12,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minilm_exp.documents import read_documents
 from minilm_exp.errors import ExperimentError
+from minilm_exp.precision import resolve_precision
 from minilm_exp.provenance import RESULTS_VERSION, fingerprint_text
 from minilm_exp.result import write_json
 from minilm_exp.settings import Settings
-from minilm_exp.task_settings import LIMITS, Task, TaskSettings
+from minilm_exp.task_settings import LIMITS, Task, TaskSettings, TeacherLabels
 from minilm_exp.task_stages import Model, TaskStages
 from minilm_exp.tasks.data import load_task
 from minilm_exp.tasks.examples import Examples, TaskData, part_name
-from minilm_exp.tasks.finetune import Finetuning, Scored, finetune
+from minilm_exp.tasks.finetune import Finetuning, Scored, finetune, score_as_it_is
 from minilm_exp.tasks.metrics import check_labels, check_score_names
 from minilm_exp.tasks.next_passage import make_next_passage
 from minilm_exp.tasks.similarity import score_similarity
 from minilm_exp.tasks.splits import Splits, find_splits
+from minilm_exp.tasks.teacher_labels import in_names_of_teacher, label, make_teacher_labels
 from minilm_exp.tracking import Tracker
 
 _log = logging.getLogger(__name__)
@@ -73,14 +76,18 @@ def find_tasks(settings: Settings) -> dict[str, Splits]:
 
 
 def load_tasks(
-    settings: Settings, splits: dict[str, Splits], held_out_documents: list[str]
+    settings: Settings,
+    splits: dict[str, Splits],
+    held_out_documents: list[str],
+    classifier: Model | None = None,
 ) -> dict[str, TaskData]:
     """Examples of every task, read and checked before distilling so that a mistake costs nothing.
 
     Args:
         settings: The run.
         splits: What `find_tasks` found.
-        held_out_documents: Of the corpus, for the task that is made from it.
+        held_out_documents: Of the corpus, for the tasks that are made from it.
+        classifier: A teacher that predicts with its own head, in whose classes the labels are.
 
     Raises:
         ExperimentError: The data are not what the task needs.
@@ -89,10 +96,15 @@ def load_tasks(
     for name, task in settings.tasks.items():
         if isinstance(task, Task):
             data = load_task(name, task, splits[name])
+        elif isinstance(task, TeacherLabels):
+            texts = read_documents(settings.corpus)
+            data = make_teacher_labels(texts, held_out_documents, settings.corpus.split, task)
         else:
             data = make_next_passage(held_out_documents, task)
-        check_score_names(name, task, data.validation)
         cells = settings.task_training.cells(name, task)
+        if classifier is not None:
+            data = _in_words_of_teacher(name, data, settings, cells[0], classifier)
+        check_score_names(name, task, data.validation)
         limits = {cell.max_validation_examples for cell in cells}
         taken = cells[0].max_train_examples
         if taken is not None and taken < len(data.train) and task.is_trained:
@@ -105,6 +117,26 @@ def load_tasks(
                 check_labels(name, task, part, examples.at_most(limit))
         loaded[name] = data
     return loaded
+
+
+def _in_words_of_teacher(
+    name: str, data: TaskData, settings: Settings, cell: TaskSettings, teacher: Model
+) -> TaskData:
+    assert teacher.classifier is not None
+    if not isinstance(settings.tasks[name], TeacherLabels):
+        return in_names_of_teacher(name, data, teacher.classifier)
+    precision = resolve_precision(settings.training.precision, settings.runtime.device)
+    job = Finetuning(
+        name=name,
+        task=settings.tasks[name],
+        data=data,
+        settings=cell,
+        seed=settings.seed,
+        precision=precision,
+        runtime=settings.runtime,
+        cache=settings.outputs / "cache" / "tasks",
+    )
+    return label(teacher.classifier, teacher.tokenizer, job)
 
 
 @dataclass
@@ -304,6 +336,8 @@ class Scoring:
         """Goes on from the last checkpoint of an interrupted fine-tuning."""
         place = self._place(key)
         folder = kept.next_folder if self._keeps(role) else None
+        if model.classifier is not None:
+            return score_as_it_is(model.classifier, model.tokenizer, job, title, folder)
         if not job.task.is_trained:
             return score_similarity(model.encoder, model.tokenizer, job)
         if role == "student" and self.stages is not None:

@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.settings import Teacher
@@ -105,6 +110,29 @@ def load_masked_lm(teacher: Teacher, encoder: PreTrainedModel) -> PreTrainedMode
             " objective, or recipe=task_specific for the predictions of a task"
         )
     return model.eval().requires_grad_(False)
+
+
+def load_classifier(teacher: Teacher) -> PreTrainedModel:
+    """The teacher with its own head of sequence classification, frozen and in evaluation mode.
+
+    Raises:
+        ExperimentError: The checkpoint has none.
+    """
+    source, revision = source_of(teacher)
+    with told_simply(source):
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            source, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
+    model, found = loaded
+    missing = sorted(str(key) for key in {*found["missing_keys"], *found["mismatched_keys"]})
+    if missing:
+        raise ExperimentError(
+            f"teacher.head=own: the checkpoint {source} has no head of sequence classification"
+            f" ({missing[0]} is missing); set teacher.head=new, which fine-tunes it on the task"
+        )
+    compute_heads_in_float32(model)
+    classifier: PreTrainedModel = model.eval().requires_grad_(False)
+    return classifier
 
 
 def load_lm_head(source: Path | str, revision: str | None = None) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import logging
 import platform
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from minilm_exp.corpus import PreparedCorpus, fingerprint_corpus, prepare_corpus
 from minilm_exp.delivery import Inputs, deliver
 from minilm_exp.downstream import Scoring, find_tasks, load_tasks
 from minilm_exp.errors import ExperimentError, reason_of
-from minilm_exp.heads import load_lm_head
+from minilm_exp.heads import load_classifier, load_lm_head
 from minilm_exp.precision import resolve_precision
 from minilm_exp.provenance import (
     RESULTS_VERSION,
@@ -274,9 +274,11 @@ def _distil_and_score(
     if "corpus" in inputs:
         corpus = chain.open_corpus(settings, tokenizer, inputs["corpus"])
         tracker.log_dataset("corpus", corpus.fingerprint, str(corpus.folder), "training")
-    tasks = _load_tasks(settings, splits, corpus, tracker)
+    classifier = load_classifier(settings.teacher) if settings.teacher.head == "own" else None
+    own = Model(teacher, tokenizer, classifier=classifier)
+    tasks = _load_tasks(settings, splits, corpus, tracker, own)
     if settings.task_stages:
-        scoring.stages = _task_stages(settings, untrained)
+        scoring.stages = _task_stages(settings, untrained, own)
         scoring.check(tasks)
     processes.tell_followers(
         {"inputs": inputs, "folder": str(folder), "num_cells": grid[0], "num_seeds": grid[1]}
@@ -290,12 +292,12 @@ def _distil_and_score(
     if len(distilled.losses) > 1:
         result.stages = distilled.losses
     if settings.task_stages:
-        scoring.stages = _task_stages(settings, distilled.models)
+        scoring.stages = _task_stages(settings, distilled.models, own)
 
     models = {
         "student": Model(distilled.student, distilled.tokenizer),
         "undistilled": Model(distilled.undistilled, distilled.tokenizer),
-        "teacher": Model(teacher, tokenizer, _teacher_lm_head(settings)),
+        "teacher": replace(own, lm_head=_teacher_lm_head(settings)),
     }
     _measure(settings, models, tracker, result)
     _score(settings, tasks, models, scoring, result)
@@ -303,9 +305,12 @@ def _distil_and_score(
 
 
 def _task_stages(
-    settings: Settings, models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerFast]]
+    settings: Settings,
+    models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerFast]],
+    teacher: Model,
 ) -> TaskStages:
-    return TaskStages(settings, {name: Model(*model) for name, model in models.items()})
+    known = {name: Model(*model) for name, model in models.items()}
+    return TaskStages(settings, known | {"teacher": teacher})
 
 
 def _score_checkpoint(
@@ -325,12 +330,13 @@ def _score_checkpoint(
         models["student"] = Model(*checkpoint, head)
     if "teacher" in settings.recipe.models:
         encoder, tokenizer = load_encoder(settings.teacher), load_tokenizer(settings.teacher)
-        models["teacher"] = Model(encoder, tokenizer, _teacher_lm_head(settings))
+        classifier = load_classifier(settings.teacher) if settings.teacher.head == "own" else None
+        models["teacher"] = Model(encoder, tokenizer, _teacher_lm_head(settings), classifier)
     corpus = None
     if "corpus" in inputs:
         tokenizer = next(iter(models.values())).tokenizer
         corpus = open_corpus(settings, tokenizer, inputs["corpus"])
-    tasks = _load_tasks(settings, splits, corpus, scoring.tracker)
+    tasks = _load_tasks(settings, splits, corpus, scoring.tracker, models.get("teacher"))
     _measure(settings, models, scoring.tracker, result)
     _score(settings, tasks, models, scoring, result)
 
@@ -373,9 +379,11 @@ def _load_tasks(
     splits: dict[str, Splits],
     corpus: PreparedCorpus | None,
     tracker: Tracker,
+    teacher: Model | None,
 ) -> dict[str, TaskData]:
     documents = [] if corpus is None else corpus.held_out_documents()
-    tasks = load_tasks(settings, splits, documents)
+    has_own_head = teacher is not None and teacher.classifier is not None
+    tasks = load_tasks(settings, splits, documents, teacher if has_own_head else None)
     for name, data in tasks.items():
         source = str(splits[name].train if name in splits else corpus and corpus.folder)
         tracker.log_dataset(name, fingerprint_text(data.fingerprint), source, "evaluation")

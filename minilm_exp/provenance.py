@@ -75,7 +75,13 @@ def _plain(settings: Settings, precision: str) -> dict[str, Any]:
         # The code that it allows is in the teacher's fingerprint.
         # The pooling is in the terms that read it.
         "teacher": (
-            "name", "path", "hub_id", "revision", "package", "trust_remote_code", "pooling",
+            "name",
+            "path",
+            "hub_id",
+            "revision",
+            "package",
+            "trust_remote_code",
+            "pooling",
         ),
         # What a budget chose counts, not how.
         "student": ("path", "config", "budget"),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from minilm_exp.objective_settings import Objective
-from minilm_exp.task_settings import TaskTraining
+from minilm_exp.task_settings import MADE_FROM_CORPUS, TaskTraining
 
 # The models that a run can fine-tune; the second is the student before it was distilled.
 ROLES = ("student", "undistilled", "teacher")
@@ -364,13 +364,18 @@ class Settings:
             unread += [] if self.objective.is_read else ["objective"]
             if not self.corpus_stages:
                 unread += ["training"]
-                unread += [] if "next_passage" in self.tasks else ["corpus"]
+                unread += [] if self.has_task_of_corpus else ["corpus"]
             return unread
         unread = ["relation_set", "layer_selection", "objective", "training"]
         unread += [group for group in ("teacher", "student") if group not in self.recipe.models]
-        if "next_passage" not in self.tasks:
+        if not self.has_task_of_corpus:
             unread.append("corpus")
         return unread
+
+    @property
+    def has_task_of_corpus(self) -> bool:
+        """Whether a task is made from the corpus."""
+        return any(name in MADE_FROM_CORPUS for name in self.tasks)
 
     @property
     def objective_name(self) -> str:

@@ -45,6 +45,28 @@ class NextPassage:
 
 
 @dataclass
+class TeacherLabels:
+    """The corpus, labelled by the teacher: a classifier without labelled data.
+
+    Attributes:
+        num_train: Texts to train on, at most.
+        num_validation: Held-out texts to score on, at most.
+    """
+
+    version: int
+    num_train: int
+    num_validation: int
+
+    kind: ClassVar[str] = "classification"
+    family: ClassVar[str] = "glue"
+    metrics: ClassVar[list[str]] = ["accuracy", "macro_f1"]
+    score: ClassVar[str] = "accuracy"
+    selected_by: ClassVar[str] = "accuracy"
+    num_labels: ClassVar[Optional[int]] = None
+    is_trained: ClassVar[bool] = True
+
+
+@dataclass
 class HubData:
     """A data set of the hub, and its folder where tasks.data_root holds a copy.
 
@@ -132,7 +154,9 @@ class Task:
         return self.select or self.score
 
 
-AnyTask = NextPassage | Task
+# Tasks that are made from the corpus, by their names.
+MADE_FROM_CORPUS: dict[str, Any] = {"next_passage": NextPassage, "teacher_labels": TeacherLabels}
+AnyTask = NextPassage | TeacherLabels | Task
 
 
 @dataclass
@@ -307,7 +331,7 @@ def parse_tasks(tasks: dict[str, Any]) -> dict[str, AnyTask]:
     """
     parsed: dict[str, AnyTask] = {}
     for name, node in tasks.items():
-        schema = NextPassage if name == "next_passage" else Task
+        schema = MADE_FROM_CORPUS.get(str(name), Task)
         try:
             typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
         except (OmegaConfBaseException, TypeError, ValueError) as error:
@@ -318,7 +342,7 @@ def parse_tasks(tasks: dict[str, Any]) -> dict[str, AnyTask]:
             elif "not in" in message:
                 message = "there is no such setting, or no such task: see --help"
             raise ExperimentError(f"{key}: {message}") from error
-        assert isinstance(typed, (NextPassage, Task))
+        assert isinstance(typed, (NextPassage, TeacherLabels, Task))
         parsed[name] = typed
     return parsed
 
@@ -352,7 +376,7 @@ def check_tasks(
             for value in values:
                 _check_positive(f"{where}.grid.{key}", value)
     for name, task in tasks.items():
-        if isinstance(task, NextPassage):
+        if not isinstance(task, Task):
             for key, value in vars(task).items():
                 _check_positive(f"tasks.{name}.{key}", value)
         else:

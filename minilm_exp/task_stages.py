@@ -37,12 +37,14 @@ from minilm_exp.vocabulary import match_vocabularies
 class Model:
     """A model to be scored: an encoder without a head, and its tokenizer.
 
-    Where it writes, it begins with the head of masked language modelling of its checkpoint.
+    Where it writes, it begins with the head of masked language modelling of its checkpoint. A
+    classifier is the same encoder under a head that is scored as it is.
     """
 
     encoder: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     lm_head: dict[str, Tensor] = field(default_factory=dict)
+    classifier: PreTrainedModel | None = None
 
     def fingerprint_for(self, kind: str) -> str:
         """Of all that a task of this kind takes of it."""
@@ -58,7 +60,8 @@ class Model:
     def fingerprint(self) -> str:
         """Of the weights, the architecture and the tokenizer; dropout is the task's."""
         digest = xxhash.xxh3_128()
-        for name, tensor in self.encoder.state_dict().items():
+        model = self.encoder if self.classifier is None else self.classifier
+        for name, tensor in model.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().numpy())
         config = copy.deepcopy(self.encoder.config)

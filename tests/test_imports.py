@@ -12,7 +12,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Later files may import earlier ones, never the other way.
 ORDER = [
     "errors", "processes", "class_paths", "redaction", "locks", "studies", "resolvers", "trial",
-    "hub", "sentence_modules", "teacher_facts", "checkpoint_code", "task_settings", "objective_settings",
+    "hub", "sentence_modules", "teacher_facts", "checkpoint_code", "task_settings",
+    "objective_settings",
     "settings", "budget", "checks", "parsing", "precision", "provenance",
     "relations_block", "relations_triton", "relations", "attention", "states", "terms",
     "head_terms", "prefix_lm", "writer", "generate", "objectives", "teacher", "heads", "student",
@@ -21,8 +22,8 @@ ORDER = [
     "checkpoints", "distil",
     "tasks.examples", "tasks.splits", "tasks.tables", "tasks.data",
     "tasks.next_passage", "tasks.answers", "tasks.spans", "tasks.seq2seq", "tasks.text_scores",
-    "tasks.metrics", "tasks.encode", "tasks.finetune", "tasks.similarity", "speed", "result",
-    "sizing",
+    "tasks.metrics", "tasks.encode", "tasks.finetune", "tasks.similarity", "tasks.teacher_labels",
+    "speed", "result", "sizing",
     "claims", "run_folder", "student_folder", "plots", "tracking", "stages", "task_stages",
     "downstream", "model_card", "delivery", "pipeline", "summary", "estimate", "sweep_record",
     "sweep_summary", "sweeping",

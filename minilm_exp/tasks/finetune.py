@@ -227,6 +227,39 @@ def finetune(
     return Scored(metrics, best.epochs, best.best_epoch, predictions)
 
 
+def score_as_it_is(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    job: Finetuning,
+    title: str,
+    keep_in: Path | None = None,
+) -> Scored:
+    """What a model scores with the head that it has, without any training.
+
+    Args:
+        model: With a head for the task.
+        tokenizer: Its tokenizer.
+        job: The task and its data.
+        title: What an error calls it.
+        keep_in: Folder for the model, or None.
+
+    Raises:
+        ExperimentError: A metric is not defined.
+    """
+    nn.Module.to(model, job.runtime.device)
+    parts = _parts(job, job.data.validation, tokenizer)
+    metrics, predictions = _evaluate(job, model, tokenizer, parts, title)
+    if job.data.test:
+        parts = _parts(job, job.data.test, tokenizer)
+        scores, found = _evaluate(job, model, tokenizer, parts, title)
+        metrics |= {f"test_{name}": value for name, value in scores.items()}
+        predictions |= {part_name("test", part): values for part, values in found.items()}
+    if keep_in is not None:
+        model.save_pretrained(keep_in)
+        tokenizer.save_pretrained(keep_in)
+    return Scored(metrics, [], 0, predictions)
+
+
 def _tell_what_is_cut(job: Finetuning, train: Dataset, validation: dict[str, _Part]) -> None:
     writing = writing_of(job.settings)
     encoded = [train, *(part.encoded for part in validation.values())]
