@@ -52,11 +52,13 @@ _compose = ConfigLoaderImpl._load_configuration
 
 def _compose_data(loader: ConfigLoaderImpl, *arguments: Any, **named: Any) -> DictConfig:
     """Composes a config, and refuses one that names code before Hydra uses any of it."""
-    config = _compose(loader, *arguments, **named)
-    more = _recipe_of_kind(config, named["overrides"])
+    more = _recipe_of_kind(named["overrides"])
     if more:
-        again = {**named, "overrides": [*named["overrides"], *more], "parsed_overrides": None}
-        config = _compose(loader, *arguments, **again)
+        named["overrides"] = [*named["overrides"], *more]
+        if named.get("parsed_overrides") is not None:
+            parsed = OverridesParser.create().parse_overrides(more)
+            named["parsed_overrides"] = [*named["parsed_overrides"], *parsed]
+    config = _compose(loader, *arguments, **named)
     refuse_code(config)
     _remember_passwords(config)
     with suppress(OmegaConfBaseException):
@@ -64,22 +66,25 @@ def _compose_data(loader: ConfigLoaderImpl, *arguments: Any, **named: Any) -> Di
     return config
 
 
-def _recipe_of_kind(config: DictConfig, overrides: list[str]) -> list[str]:
+def _recipe_of_kind(overrides: list[str]) -> list[str]:
     """What experiment=compress adds, by what the teacher is; nothing that is given by itself."""
-    if OmegaConf.select(config, "hydra.runtime.choices.experiment") != "compress":
+    if "experiment=compress" not in overrides:
         return []
     from minilm_exp.teacher_facts import kind_of
 
-    given = {override.split("=")[0].lstrip("+~") for override in overrides}
+    given = {}
+    with suppress(HydraException):  # which composing will tell
+        for override in OverridesParser.create().parse_overrides(overrides):
+            is_single = not override.is_sweep_override()
+            given[override.key_or_group] = override.value() if is_single else None
+    path, revision = given.get("teacher.path"), given.get("teacher.revision")
+    if not isinstance(path, str) or "recipe" in given:
+        return []
     try:
-        teacher = config.teacher
-        if "recipe" in given or OmegaConf.is_missing(teacher, "path") or not teacher.path:
-            return []
-        kind = kind_of(str(teacher.path), teacher.revision)
-    except (ExperimentError, OmegaConfBaseException):
+        kind = kind_of(path, revision if isinstance(revision, str) else None)
+    except ExperimentError:
         return []  # it is told when the settings are read
-    more = list(_OF_KIND[kind])
-    return [one for one in more if one.split("=")[0] not in given]
+    return [one for one in _OF_KIND[kind] if one.split("=")[0] not in given]
 
 
 _OF_KIND = {
@@ -154,16 +159,7 @@ def _run(
     if settings.runtime.num_threads is None:
         # Of submitit's launchers; joblib tells its processes by itself.
         settings.runtime.num_threads = hydra_config.launcher.get("cpus_per_task")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Heavy imports come after the config has been found right.
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if _process() > 0:  # the first one speaks for all
-        logging.disable(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    _quiet_libraries()
     from minilm_exp.pipeline import run_experiment
     from minilm_exp.result import Result
     from minilm_exp.summary import print_summary
@@ -188,6 +184,19 @@ def _run(
     return None
 
 
+def _quiet_libraries() -> None:
+    """Heavy imports come after the config has been found right."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if _process() > 0:  # the first one speaks for all
+        logging.disable(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+
+
 def _parse(config: DictConfig, teacher_was_chosen: bool, typed: set[str]) -> Settings:
     from minilm_exp.budget import has_budget
 
@@ -195,11 +204,16 @@ def _parse(config: DictConfig, teacher_was_chosen: bool, typed: set[str]) -> Set
         from minilm_exp.parsing import parse
 
         return parse(config, teacher_was_chosen, typed)
-    from minilm_exp.sizing import print_candidates, settings_of  # heavy: it builds models
+    _quiet_libraries()
+    from minilm_exp.sizing import print_candidates, settings_of
 
     settings = settings_of(config, teacher_was_chosen, typed)
     print_candidates(settings)
-    return settings
+    if settings.student.budget.search == "none":
+        return settings
+    from minilm_exp.quick_search import search
+
+    return search(config, settings, teacher_was_chosen, typed)
 
 
 def _grid(hydra_config: Any, session: Session | None) -> tuple[int, int]:

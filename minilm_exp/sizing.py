@@ -43,12 +43,21 @@ _SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "intermediate_size
 
 
 def settings_of(
-    config: DictConfig, teacher_was_chosen: bool = True, typed: Container[str] = frozenset()
+    config: DictConfig,
+    teacher_was_chosen: bool = True,
+    typed: Container[str] = frozenset(),
+    width: int | None = None,
 ) -> Settings:
-    """The typed settings of one run, whose student a budget may choose; arguments as for `parse`.
+    """The typed settings of one run, whose student a budget may choose.
 
     What was measured is kept in outputs/budgets by all that it hangs on, this machine with it, so
     that a repeated command has the same student, whatever else the machine is at.
+
+    Args:
+        config: As for `parse`, and so are the next two.
+        teacher_was_chosen: See there.
+        typed: See there.
+        width: Hidden size of the student, of those that meet the budget.
 
     Raises:
         ExperimentError: A setting is wrong, or no shape meets the budget.
@@ -69,6 +78,8 @@ def settings_of(
     fitting = ranked(measured, budget)
     refused = []
     for chosen in fitting:
+        if width not in (None, chosen.shape.hidden_size):
+            continue
         given = _with_student(config, _values(chosen.shape))
         _adapt_heads(given, whole, chosen.shape, typed)
         try:

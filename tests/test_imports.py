@@ -25,7 +25,8 @@ ORDER = [
     "tasks.metrics", "tasks.encode", "tasks.finetune", "tasks.similarity", "tasks.teacher_labels",
     "speed", "result", "sizing",
     "claims", "run_folder", "student_folder", "plots", "tracking", "stages", "task_stages",
-    "downstream", "model_card", "delivery", "pipeline", "summary", "estimate", "sweep_record",
+    "downstream", "model_card", "delivery", "pipeline", "quick_search",
+    "summary", "estimate", "sweep_record",
     "sweep_summary", "sweeping",
     "launching", "pareto", "paper", "table_spec", "table_data", "tables", "figures",
 ]  # fmt: skip
@@ -73,6 +74,7 @@ def test_imports_point_back(path):
                 "task_settings",
                 "objective_settings",
                 "launching",
+                "quick_search",
                 "sizing",
                 "sweeping",
             },
