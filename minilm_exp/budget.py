@@ -213,7 +213,7 @@ def ranked(candidates: list[Candidate], budget: Budget) -> list[Candidate]:
     raise ExperimentError(
         f"{asked}: none of the {len(candidates)} shapes that were measured meets it; the nearest is"
         f" {nearest.shape.name} with x{nearest.speedup:.2f},"
-        f" {nearest.parameters / 1e6:.2f}M parameters and {nearest.milliseconds:.2f} ms a batch:"
+        f" {nearest.parameters / 1e6:.3g}M parameters and {nearest.milliseconds:.3g} ms a batch:"
         " ask for less, or let smaller ones be tried with student.budget.num_layers and"
         " .hidden_sizes"
     )

@@ -143,6 +143,7 @@ def run_experiment(
             folder=str(folder),
             meaningful=(settings.teacher.weights != "random" or "teacher" not in inputs)
             and (made_by is None or made_by.meaningful),
+            candidates=settings.candidates,
             replaces=[known.run_id for known in standing_runs(settings, key)],
         )
         before = left if settings.resume else None
@@ -549,6 +550,10 @@ def _record_setting(
             **{f"version.{name}": version for name, version in versions().items()},
         }
     )
+    if settings.candidates:
+        names = settings.candidates[0]
+        columns = {name: [str(row[name]) for row in settings.candidates] for name in names}
+        tracker.log_table(columns, "student_shapes.json")
     if git["diff"]:
         tracker.log_text(git["diff"], "git.diff")
     tracker.log_artifact(config_file)

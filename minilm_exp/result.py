@@ -27,6 +27,7 @@ class Result:
             finished.
         stages: Of a recipe with several stages, the validation losses of each.
         untrained: Parameters of the student that no stage reached.
+        candidates: Shapes that were measured for the student's budget, see `budget.table_row`.
         exports: By export, what was measured of it.
         pushed_to: Repository of the hub that has the student.
         student_fingerprint: Of the saved student's files, which tells when they are damaged.
@@ -55,6 +56,7 @@ class Result:
     made_by: dict[str, str] = field(default_factory=dict)
     replaces: list[str] = field(default_factory=list)
     untrained: list[str] = field(default_factory=list)
+    candidates: list[dict[str, Any]] = field(default_factory=list)
     exports: dict[str, dict[str, Any]] = field(default_factory=dict)
     pushed_to: str | None = None
     student_fingerprint: str | None = None
