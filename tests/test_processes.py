@@ -17,6 +17,7 @@ from running import (
     Started,
     assert_told_simply,
     client_of,
+    command,
     environment,
     histories,
     results,
@@ -253,7 +254,7 @@ def test_torchrun(alone, smoke, tmp_path):
     """The documented command itself."""
     torchrun = Path(sys.executable).with_name("torchrun")
     done = subprocess.run(
-        [torchrun, "--nproc-per-node=2", "run.py", f"outputs_dir={tmp_path}", *smoke],
+        [torchrun, "--nproc-per-node=2", "run.py", *command(tmp_path, *smoke)[2:]],
         cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

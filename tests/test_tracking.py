@@ -10,6 +10,8 @@ from mlflow import MlflowClient
 from minilm_exp.errors import ExperimentError
 from minilm_exp.tracking import end_interrupted, start_tracking
 
+pytestmark = pytest.mark.makes_database
+
 SECRET = "sekret-31415"
 URI = f"postgresql://user:{SECRET}@db.example/x"
 
