@@ -163,8 +163,9 @@ def wait_for_checkpoint(outputs, processes, name="checkpoint-4"):
         time.sleep(0.01)
 
 
-LONG = ["training.max_steps=400", "training.checkpoint_steps=4", "training.hidden_dropout=0.1",
-        "training.evaluation_steps=200", "training.logging_steps=3"]  # fmt: skip
+# A second or more after the first checkpoint is left for the signal.
+LONG = ["training.max_steps=160", "training.checkpoint_steps=4", "training.hidden_dropout=0.1",
+        "training.evaluation_steps=80", "training.logging_steps=3"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
