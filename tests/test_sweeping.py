@@ -142,7 +142,7 @@ def runs_below(outputs, run_id):
 
 
 def start_cold(outputs, *overrides):
-    """As a shell does it; it makes MLflow's database, and ends the processes that it began."""
+    """As a shell does it: at its exit it ends the processes that its launcher began."""
     return subprocess.Popen(
         command(outputs, *overrides),
         cwd=REPOSITORY,
@@ -351,9 +351,9 @@ def test_process_that_comes_when_all_cells_are_in_work(tmp_path):
 def test_two_seeds_in_two_terminals(tmp_path):
     """Cells of the other call taken for one's own, and never run."""
     outputs = tmp_path / "outputs"
-    processes = [start_cold(outputs, *TWO, f"seed={seed}") for seed in (1, 2)]
-    texts = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], texts
+    processes = [Started(outputs, *TWO, f"seed={seed}") for seed in (1, 2)]
+    ends = [process.wait() for process in processes]
+    assert [done.status for done in ends] == [0, 0], ends
     record = record_of(outputs)
     assert len(record.cells) == 4 and all_finished(outputs)
 
