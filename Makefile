@@ -39,7 +39,7 @@ figure: $(STAMP) ## draw the figure of a sweep: NAME=teacher_layer
 	$(BIN)/python -m minilm_exp.figures $(NAME) $(ARGS)
 
 test: $(STAMP) ## run the tests (15 to 25 minutes on 2 cores, no network)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # other cases each time, 20 times as many as `make test` has; TIMES=100 draws more
 fuzz: $(STAMP) ## hostile configs, texts and task files, drawn at random (15 minutes)

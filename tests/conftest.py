@@ -11,6 +11,7 @@ import signal
 import socket
 import string
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -47,15 +48,25 @@ def closed_network(monkeypatch):
         monkeypatch.setattr(socket.socket, name, guard(getattr(socket.socket, name)))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def quick_collection():
-    """Takes what is imported out of the garbage collection, a second, that ends a fine-tuning."""
-    import transformers.trainer  # noqa: F401
-
+    """Takes what is imported out of the garbage collection, a second, that ends each training."""
+    if "transformers" in sys.modules:
+        import transformers.trainer  # noqa: F401
     gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def ready_database(request, monkeypatch):
+    """MLflow's database is copied, not made, but in tests of how it is made."""
+    tracking = sys.modules.get("minilm_exp.tracking")
+    if tracking is not None and request.node.get_closest_marker("makes_database") is None:
+        from preloaded import write_database
+
+        monkeypatch.setattr(tracking, "_create_whole", write_database)
 
 
 class Cluster:
@@ -242,7 +253,8 @@ def settings_of(compose_config, tiny_teacher_folder, tmp_path):
 
     def made(recipe_stages, *overrides, **values):
         config = compose_config(
-            "experiment=smoke", "teacher=custom", f"teacher.path={tiny_teacher_folder}",
+            "experiment=smoke", "baseline.num_batches=1",
+            "teacher=custom", f"teacher.path={tiny_teacher_folder}",
             "student.hidden_size=32", "student.num_attention_heads=4", "task=none",
             "relation_set.num_relation_heads=4",
             "corpus=text_files", f"corpus.files=[{text}]", *overrides,

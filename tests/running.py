@@ -3,6 +3,8 @@
 A process spends seconds on importing libraries, so most are forked from one that has imported them.
 """
 
+import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -12,7 +14,9 @@ import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -39,8 +43,8 @@ def environment(**more):
 
 
 def command(outputs, *overrides):
-    # The report, which costs seconds, is for tests that look at it.
-    fixed = [f"outputs_dir={outputs}", "report=false"]
+    # The report and the baseline's speed, which cost seconds, are for tests that look at them.
+    fixed = [f"outputs_dir={outputs}", "report=false", "baseline.num_batches=1"]
     return [sys.executable, str(REPOSITORY / "run.py"), *fixed, *overrides]
 
 
@@ -67,9 +71,7 @@ class Started:
     """A run that goes on beside the test; `pid` is its process."""
 
     def __init__(self, outputs, *overrides, cwd=REPOSITORY, **variables):
-        processes = multiprocessing.get_context("forkserver")
-        preload = ["minilm_exp.pipeline", "minilm_exp.summary", "hydra.main"]
-        processes.set_forkserver_preload(preload)
+        processes = server()
         self._folder = tempfile.TemporaryDirectory()
         self._files = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
         given = (command(outputs, *overrides)[1:], cwd, environment(**variables), self._files)
@@ -83,8 +85,9 @@ class Started:
 
     def send(self, number):
         """Sends a signal, if it is not too late."""
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, number)
+        if self.is_alive:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def wait(self, timeout=300):
         """What it printed and its status; that of a killed one is negative."""
@@ -95,7 +98,23 @@ class Started:
         return Done(self._process.exitcode, *said)
 
 
+@functools.cache
+def server():
+    """Context of processes that are forked from one which has imported what a run needs."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["preloaded"])
+    # It does not look where this process does.
+    paths = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths))):
+        forkserver.ensure_running()
+    return processes
+
+
 def _enter(arguments, cwd, variables, files):
+    assert "preloaded" in sys.modules  # what the server cannot import it says nothing of
+    tracking = sys.modules["minilm_exp.tracking"]
+    tracking._create_whole = sys.modules["preloaded"].write_database
+    gc.freeze()  # collections need not look at what was imported
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(variables)

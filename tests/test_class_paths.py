@@ -1,13 +1,12 @@
 """Configs hold data: nothing that they name is run, but for the shipped sweeps and launchers."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 from conftest import REPOSITORY
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from running import run
 
 from minilm_exp.class_paths import refuse_code
 from minilm_exp.errors import ExperimentError
@@ -126,11 +125,8 @@ def test_code_in_a_config_is_refused(path, value, composed):
         refuse_code(OmegaConf.create(plain))
 
 
-def run(folder, *overrides):
-    command = [sys.executable, REPOSITORY / "run.py", "experiment=smoke", f"outputs_dir={folder}/o"]
-    return subprocess.run(
-        [*command, *overrides], cwd=folder, capture_output=True, text=True, check=False, timeout=120
-    )
+def run_in(folder, *overrides):
+    return run(f"{folder}/o", "experiment=smoke", *overrides, cwd=folder)
 
 
 HOSTILE_FILES = {
@@ -159,8 +155,8 @@ def test_an_experiment_file_of_somebody_else_runs_nothing(content, tmp_path):
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     file = tmp_path / "conf" / "experiment" / "theirs.yaml"
     file.write_text(f"# @package _global_\n{content}")
-    done = run(tmp_path, "--config-dir", tmp_path / "conf", "experiment=theirs")
-    assert done.returncode == 1
+    done = run_in(tmp_path, "--config-dir", f"{tmp_path}/conf", "experiment=theirs")
+    assert done.status == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["conf"]
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert "docs/security.md" in done.stderr
@@ -172,8 +168,8 @@ def test_yaml_that_makes_objects_is_refused(content, tmp_path):
     """Python's own objects in a file of configs, or a parser's traceback."""
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     (tmp_path / "conf" / "experiment" / "theirs.yaml").write_text(f"x: {content}\n")
-    done = run(tmp_path, "--config-dir", tmp_path / "conf", "experiment=theirs")
-    assert done.returncode == 1
+    done = run_in(tmp_path, "--config-dir", f"{tmp_path}/conf", "experiment=theirs")
+    assert done.status == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["conf"]
     assert done.stderr.startswith("error: not valid YAML:") and "theirs.yaml" in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
@@ -182,16 +178,16 @@ def test_yaml_that_makes_objects_is_refused(content, tmp_path):
 @pytest.mark.integration
 def test_a_grid_over_class_paths_runs_nothing(tmp_path):
     """Values of a sweep that are looked at by nobody, as only their jobs have them."""
-    done = run(tmp_path, "-m", "+x._target_=os.system,os.popen")
-    assert done.returncode == 1 and "x._target_='os.system'" in done.stderr, done.stderr
+    done = run_in(tmp_path, "-m", "+x._target_=os.system,os.popen")
+    assert done.status == 1 and "x._target_='os.system'" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.integration
 def test_unknown_resolvers_are_named(tmp_path):
     """A traceback, or a resolver that a config could bring along."""
-    done = run(tmp_path, "+x=${evil:1}")
-    assert done.returncode == 1
+    done = run_in(tmp_path, "+x=${evil:1}")
+    assert done.status == 1
     assert "Unsupported interpolation type evil" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -32,8 +32,6 @@ from minilm_exp.tasks.finetune import Scored
 from minilm_exp.tasks.spans import Answer
 from minilm_exp.tracking import start_tracking
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
-
 NAME = "made_up"
 BELOW = "tags.`mlflow.parentRunId` = '{}'"
 

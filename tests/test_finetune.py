@@ -44,8 +44,6 @@ from minilm_exp.tasks.finetune import (
     with_head,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
-
 WORDS = [f"w{number}" for number in range(20)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 ARCHITECTURES = ["bert", "distilbert", "roberta"]

@@ -30,7 +30,6 @@ from minilm_exp.tasks.finetune import Finetuning, finetune, with_head
 from minilm_exp.tasks.seq2seq import Seq2SeqCollator, encode_seq2seq, writing_of
 from minilm_exp.writer import Writer
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
 WORDS = TOKENS[6:16]
 
 

@@ -14,8 +14,8 @@ from hydra.core.utils import JobReturn
 from mlflow import MlflowClient
 from omegaconf import OmegaConf
 from optuna.trial import TrialState
-from test_run import results, runs_of
-from test_sweeping import all_finished, record_of, start, trials_of
+from running import Started, results, runs_of
+from test_sweeping import all_finished, record_of, start_cold, trials_of
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.launching import Relaunching
@@ -79,13 +79,13 @@ def test_sweeper_asks_for_as_many_as_the_launcher_computes(overrides, number, mo
 
 @pytest.fixture
 def tiny_sweep(tmp_path):
-    """Twelve cells, of a second each."""
+    """Six cells, of a second each."""
     text = tmp_path / "text.txt"
     passages = [f"the model number {i} and the teacher" for i in range(400)]
     text.write_text("\n\n".join("\n".join(passages[i : i + 4]) for i in range(0, 400, 4)))
     return [
         "-m", "sweeps=relation_set", "experiment=smoke", "recipe.models=[student]", "task=none",
-        "corpus=text_files", f"corpus.files=[{text}]", "relations=choice(kk,vv,qq)", "seed=1,2,3,4",
+        "corpus=text_files", f"corpus.files=[{text}]", "relations=choice(kk,vv,qq)", "seed=1,2",
         "training.checkpoint_steps=2", "training.max_steps=8", "training.evaluation_steps=8",
         "baseline.num_batches=1",
     ]  # fmt: skip
@@ -131,7 +131,7 @@ def test_killed_job_is_taken_up(launcher, tiny_sweep, postgres, tmp_path):
     if launcher == "submitit_local":
         pytest.importorskip("submitit")
     outputs, uri, studies = tmp_path / "outputs", new_database(postgres), new_database(postgres)
-    process = start(
+    process = start_cold(
         outputs, *tiny_sweep, f"hydra/launcher={launcher}", *LAUNCHERS[launcher],
         f"tracking.uri={uri}", f"tracking.studies={studies}",
     )  # fmt: skip
@@ -142,13 +142,11 @@ def test_killed_job_is_taken_up(launcher, tiny_sweep, postgres, tmp_path):
         process.kill()
     assert process.returncode == 0, text
     assert "was killed" in text and "launched again" in text
-    assert "12 of 12 cells are finished" in text
+    assert "6 of 6 cells are finished" in text
     record = record_of(outputs)
-    assert all_finished(outputs) and len({cell.run_key for cell in record.cells}) == 12
-    assert statuses_of(outputs) == {"FINISHED": 12}
-    assert Counter(trial.state for trial in trials_of(outputs, studies)) == {
-        TrialState.COMPLETE: 12
-    }
+    assert all_finished(outputs) and len({cell.run_key for cell in record.cells}) == 6
+    assert statuses_of(outputs) == {"FINISHED": 6}
+    assert Counter(trial.state for trial in trials_of(outputs, studies)) == {TrialState.COMPLETE: 6}
     client = MlflowClient(tracking_uri=uri)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = client.search_runs(experiments)
@@ -156,7 +154,7 @@ def test_killed_job_is_taken_up(launcher, tiny_sweep, postgres, tmp_path):
     assert {r.info.run_id for r in runs} - {r.info.run_id for r in below} == {record.run_id}
     # One that was killed before its first step is begun anew.
     statuses = Counter(r.info.status for r in below)
-    assert statuses["FINISHED"] == 12 and set(statuses) <= {"FINISHED", "KILLED"}
+    assert statuses["FINISHED"] == 6 and set(statuses) <= {"FINISHED", "KILLED"}
     for one in below:
         history = client.get_metric_history(one.info.run_id, "distill/loss/total")
         steps = [metric.step for metric in history]
@@ -167,17 +165,18 @@ def test_killed_job_is_taken_up(launcher, tiny_sweep, postgres, tmp_path):
 def test_sweep_outlives_a_restart_of_its_database(tiny_sweep, cluster, tmp_path):
     """A sweep that ends, or computes a cell twice, as the database of studies was restarted."""
     outputs = tmp_path / "outputs"
-    process = start(outputs, *tiny_sweep, "seed=1", f"tracking.studies={cluster.url}")
+    process = Started(outputs, *tiny_sweep, "seed=1", f"tracking.studies={cluster.url}")
     try:
-        while not statuses_of(outputs)["FINISHED"] and process.poll() is None:
+        while not statuses_of(outputs)["FINISHED"] and process.is_alive:
             time.sleep(0.02)
         cluster.stop()
         time.sleep(3)
         cluster.start()
-        text = process.communicate(timeout=300)[0]
+        done = process.wait()
     finally:
-        process.kill()
-    assert process.returncode == 0, text
+        process.send(signal.SIGKILL)
+    text = done.both
+    assert done.status == 0, text
     assert "does not answer" in text and "3 of 3 cells are finished" in text
     states = Counter(trial.state for trial in trials_of(outputs, cluster.url))
     assert states == {TrialState.COMPLETE: 3}

@@ -14,8 +14,6 @@ from minilm_exp.errors import ExperimentError
 from minilm_exp.pipeline import run_experiment
 from minilm_exp.result import Result, read_result
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
-
 
 @pytest.mark.parametrize(
     ("overrides", "message"),

@@ -17,6 +17,7 @@ from running import (
     Started,
     assert_told_simply,
     client_of,
+    command,
     environment,
     histories,
     results,
@@ -162,8 +163,9 @@ def wait_for_checkpoint(outputs, processes, name="checkpoint-4"):
         time.sleep(0.01)
 
 
-LONG = ["training.max_steps=400", "training.checkpoint_steps=4", "training.hidden_dropout=0.1",
-        "training.evaluation_steps=200", "training.logging_steps=3"]  # fmt: skip
+# A second or more after the first checkpoint is left for the signal.
+LONG = ["training.max_steps=160", "training.checkpoint_steps=4", "training.hidden_dropout=0.1",
+        "training.evaluation_steps=80", "training.logging_steps=3"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +255,7 @@ def test_torchrun(alone, smoke, tmp_path):
     """The documented command itself."""
     torchrun = Path(sys.executable).with_name("torchrun")
     done = subprocess.run(
-        [torchrun, "--nproc-per-node=2", "run.py", f"outputs_dir={tmp_path}", *smoke],
+        [torchrun, "--nproc-per-node=2", "run.py", *command(tmp_path, *smoke)[2:]],
         cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

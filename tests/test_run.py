@@ -22,8 +22,8 @@ from filelock import FileLock
 from running import (
     REPOSITORY,
     Done,
+    Started,
     assert_told_simply,
-    command,
     environment,
     histories,
     results,
@@ -115,7 +115,7 @@ def prepared(once, smoke):
 
     def make():
         outputs = once.folder / "outputs"
-        done = run_cold(outputs, *smoke, "recipe=prepare_corpus")
+        done = run(outputs, *smoke, "recipe=prepare_corpus")
         listing = sorted(str(path.relative_to(outputs)) for path in outputs.rglob("*"))
         return {"outputs": str(outputs), "done": asdict(done), "listing": listing}
 
@@ -196,22 +196,17 @@ def killed(once, smoke, finished, result):
         outputs = once.folder / "killed"
         shutil.copytree(finished[0], outputs)
         folder = outputs / "runs" / f"{Path(result['folder']).name}-2"
-        process = subprocess.Popen(
-            command(outputs, *smoke, "rerun=true"),
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = Started(outputs, *smoke, "rerun=true")
         try:
             deadline = time.monotonic() + 120
             while not list(folder.glob("checkpoints/*/whole.json")):
-                assert process.poll() is None, "the process ended before it was killed"
+                assert process.is_alive, "the process ended before it was killed"
                 assert time.monotonic() < deadline, "no checkpoint was written"
                 time.sleep(0.005)
         finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        return {"status": process.returncode, "folder": folder.name}
+            process.send(signal.SIGKILL)
+            done = process.wait()
+        return {"status": done.status, "folder": folder.name}
 
     made = once("killed", make)
     assert made["status"] == -signal.SIGKILL

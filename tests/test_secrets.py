@@ -1,11 +1,7 @@
 """Passwords and tokens, given in every way that a user has, and then looked for everywhere."""
 
-import os
-import subprocess
-import sys
-
 import pytest
-from conftest import REPOSITORY
+from running import run
 
 from minilm_exp.redaction import redact, redact_all, remember
 
@@ -111,23 +107,19 @@ def test_secrets_are_written_nowhere(tmp_path):
         (0, ["--cfg", "job", "--resolve", "tracking.uri=http://user:typed-HHHH@127.0.0.1:9",
              "tracking.experiment=${oc.env:OTHER_API_KEY}"]),
     ]  # fmt: skip
-    shown = b""
+    shown = ""
     for status, overrides in calls:
-        command = [sys.executable, REPOSITORY / "run.py", "experiment=smoke"]
-        done = subprocess.run(
-            [*command, f"outputs_dir={outputs}", *overrides],
-            env=os.environ | VARIABLES | {"OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0"},
-            cwd=tmp_path, capture_output=True, check=False, timeout=200,
-        )  # fmt: skip
-        shown += done.stdout + done.stderr
-        assert done.returncode == status, (overrides, done.stderr.decode()[-2000:])
-        assert b"Traceback" not in done.stderr
+        given = ["experiment=smoke", "report=true", *overrides]
+        done = run(outputs, *given, cwd=tmp_path, HYDRA_FULL_ERROR="0", **VARIABLES)
+        shown += done.both
+        assert done.status == status, (overrides, done.stderr[-2000:])
+        assert "Traceback" not in done.stderr
     ends = [value.rpartition("-")[0][-4:] for value in ("x-JJJJ-3", "x-CCCC-1", "x-DDDD-2")]
     ends += ["AAAA", "BBBB", *TYPED]
     files = [path for path in outputs.rglob("*") if path.is_file()]
     assert {"mlflow.db", "optuna.db", "multirun.yaml", "run.log", "result.json", "README.md",
             "config.yaml", "overrides.yaml"} <= {path.name for path in files}  # fmt: skip
-    leaks = [f"the terminal: {end}" for end in ends if end.encode() in shown]
+    leaks = [f"the terminal: {end}" for end in ends if end in shown]
     for path in outputs.rglob("*"):
         content = path.read_bytes() if path.is_file() else b""
         leaks += [f"{path}: {end}" for end in ends if end in path.name or end.encode() in content]

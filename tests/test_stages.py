@@ -24,8 +24,6 @@ from minilm_exp.heads import add_masked_lm_head, load_masked_lm
 from minilm_exp.pipeline import run_experiment
 from minilm_exp.provenance import run_key
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
-
 THREE = {
     "first": {"student": {"num_layers": 3}, "training": {"max_steps": 4}},
     "second": {"teacher": "first", "training": {"learning_rate": 5e-4}},

@@ -1,8 +1,6 @@
 """Sweeps: their cells, and what is lost or done twice when they are repeated, killed or doubled."""
 
 import json
-import multiprocessing
-import os
 import re
 import shutil
 import signal
@@ -17,7 +15,7 @@ from conftest import REPOSITORY
 from hydra import compose, initialize_config_dir
 from omegaconf import read_write
 from optuna.trial import TrialState
-from running import client_of, command, environment, run
+from running import Started, client_of, command, environment, run, server
 
 from minilm_exp.parsing import parse
 from minilm_exp.provenance import run_key
@@ -143,7 +141,8 @@ def runs_below(outputs, run_id):
     return client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{run_id}'")
 
 
-def start(outputs, *overrides):
+def start_cold(outputs, *overrides):
+    """As a shell does it: at its exit it ends the processes that its launcher began."""
     return subprocess.Popen(
         command(outputs, *overrides),
         cwd=REPOSITORY,
@@ -290,14 +289,14 @@ def test_killed_sweep_is_finished_by_the_same_call(tmp_path, studies):
     """Finished cells computed again, or the one in work never again."""
     outputs = tmp_path / "outputs"
     given = [*SWEEP, "relations=choice(kk,vv,qq)", f"tracking.studies={studies}"]
-    process = start(outputs, *given)
+    process = Started(outputs, *given)
     deadline = time.monotonic() + 120
     while not list(outputs.glob("runs/*/student/config.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     while len(list(outputs.glob("runs/*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.send(signal.SIGKILL)
+    assert process.wait().status == -signal.SIGKILL
     assert not all_finished(outputs)
     runs, cells = Runs(outputs), record_of(outputs).cells
     finished = {cell.run_key: r.run_id for cell in cells if (r := runs.result(cell)) is not None}
@@ -317,9 +316,10 @@ def test_two_processes_share_the_cells(tmp_path, studies):
     """A cell computed by both, or a cell that neither computes."""
     outputs = tmp_path / "outputs"
     given = [*SWEEP, "relations=choice(kk,vv,qq)", f"tracking.studies={studies}"]
-    processes = [start(outputs, *given) for _ in range(2)]
-    texts = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], texts
+    processes = [Started(outputs, *given) for _ in range(2)]
+    ends = [process.wait() for process in processes]
+    texts = [done.both for done in ends]
+    assert [done.status for done in ends] == [0, 0], texts
     record = record_of(outputs)
     assert all_finished(outputs) and len(record.cells) == 3
     assert len(runs_below(outputs, record.run_id)) == 3
@@ -335,15 +335,15 @@ def test_two_processes_share_the_cells(tmp_path, studies):
 def test_process_that_comes_when_all_cells_are_in_work(tmp_path):
     """A traceback, as there is no best trial yet."""
     outputs = tmp_path / "outputs"
-    steps = [f"training.{name}=600" for name in ("max_steps", "evaluation_steps")]
-    given = [*SWEEP, "relations=choice(kk)", *steps, "training.checkpoint_steps=600"]
-    first = start(outputs, *given)
-    while not list(outputs.glob("runs/*/result.json")) and first.poll() is None:
+    steps = [f"training.{name}=300" for name in ("max_steps", "evaluation_steps")]
+    given = [*SWEEP, "relations=choice(kk)", *steps, "training.checkpoint_steps=300"]
+    first = Started(outputs, *given)
+    while not list(outputs.glob("runs/*/result.json")) and first.is_alive:
         time.sleep(0.05)
-    second = start(outputs, *given)
-    texts = [process.communicate(timeout=300)[0] for process in (first, second)]
-    assert [first.returncode, second.returncode] == [0, 0], texts
-    assert "waiting for the cells" in texts[1] and "1 of 1 cells are finished" in texts[1]
+    second = Started(outputs, *given)
+    ends = [process.wait() for process in (first, second)]
+    assert [done.status for done in ends] == [0, 0], ends
+    assert "waiting for the cells" in ends[1].both and "1 of 1 cells are finished" in ends[1].both
     assert len(runs_below(outputs, record_of(outputs).run_id)) == 1
 
 
@@ -351,9 +351,9 @@ def test_process_that_comes_when_all_cells_are_in_work(tmp_path):
 def test_two_seeds_in_two_terminals(tmp_path):
     """Cells of the other call taken for one's own, and never run."""
     outputs = tmp_path / "outputs"
-    processes = [start(outputs, *TWO, f"seed={seed}") for seed in (1, 2)]
-    texts = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], texts
+    processes = [Started(outputs, *TWO, f"seed={seed}") for seed in (1, 2)]
+    ends = [process.wait() for process in processes]
+    assert [done.status for done in ends] == [0, 0], ends
     record = record_of(outputs)
     assert len(record.cells) == 4 and all_finished(outputs)
 
@@ -370,7 +370,7 @@ def test_waiting_trials_are_taken_once(studies):
     study = optuna.create_study(study_name="queue", storage=SharedStorage(studies))
     for number in range(60):
         study.enqueue_trial({"x": number})
-    processes = multiprocessing.get_context("spawn")
+    processes = server()
     queue = processes.Queue()
     workers = [processes.Process(target=take_trials, args=(studies, queue)) for _ in range(3)]
     for worker in workers:
@@ -391,7 +391,7 @@ def test_jobs_in_processes_of_their_own(tmp_path):
     outputs = tmp_path / "outputs"
     parallel = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweeper.n_jobs=2"]
     heads = "relation_set.num_relation_heads=choice(5,4)"
-    process = start(outputs, *SWEEP, "relations=kk", heads, *parallel)
+    process = start_cold(outputs, *SWEEP, "relations=kk", heads, *parallel)
     text = process.communicate(timeout=300)[0]
     assert process.returncode != 0 and "1 of the runs failed" in text, text
     record = record_of(outputs)

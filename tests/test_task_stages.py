@@ -21,8 +21,6 @@ from minilm_exp.pipeline import run_experiment
 from minilm_exp.provenance import run_key
 from minilm_exp.tasks import finetune as finetune_module
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
-
 SOFT = {"kind": "logits", "distance": "kl", "temperature": 2.0}
 HIDDEN = {"kind": "states", "state": "hidden", "layers": "uniform", "projection": "shared"}
 RELATIONS = {"kind": "relations", "pairs": ["qq", "vv"], "num_relation_heads": 4}

@@ -1,5 +1,6 @@
 """What a run leaves in MLflow, read back through MLflow's own client from a fresh database."""
 
+import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -9,6 +10,8 @@ from mlflow import MlflowClient
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.tracking import end_interrupted, start_tracking
+
+pytestmark = pytest.mark.makes_database
 
 SECRET = "sekret-31415"
 URI = f"postgresql://user:{SECRET}@db.example/x"
@@ -131,6 +134,31 @@ def test_database_that_was_being_created_is_no_obstacle(tmp_path):
     tracker.finish("FINISHED")
     assert not (tmp_path / "mlflow.db.partial").exists()
     assert MlflowClient(tracking_uri=uri).get_run(tracker.run_id).info.status == "FINISHED"
+
+
+def start_when_all_do(folder, gate, started):
+    gate.wait(60)
+    uri = f"sqlite:///{folder}/mlflow.db"
+    try:
+        started.put(start_tracking(uri, "e", folder, "r").run_id)
+    except BaseException as error:
+        started.put(repr(error))
+
+
+def test_processes_make_the_database_at_once(tmp_path):
+    """Two first runs find no database, and one makes it while the other does."""
+    context = multiprocessing.get_context("fork")
+    gate, started = context.Barrier(2), context.SimpleQueue()
+    given = (tmp_path, gate, started)
+    processes = [context.Process(target=start_when_all_do, args=given) for _ in range(2)]
+    for process in processes:
+        process.start()
+    run_ids = [started.get() for _ in processes]
+    for process in processes:
+        process.join(60)
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    assert [client.get_run(run_id).info.run_id for run_id in run_ids] == run_ids
+    assert len(client.search_experiments(filter_string="name = 'e'")) == 1
 
 
 def test_resumed_run_logs_no_step_twice(start, client):
