@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 AUDIT := $(VENV)/audit
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-seeds sweep table figure test fuzz audit chaos lint bench bench-quick lock ui clean
+.PHONY: help install demo demo-seeds sweep table figure test test-docs fuzz audit chaos lint bench bench-quick lock ui clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ figure: $(STAMP) ## draw the figure of a sweep: NAME=teacher_layer
 
 test: $(STAMP) ## run the tests (15 to 25 minutes on 2 cores, no network)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-docs: $(STAMP) ## run every command of the documents, with fewer steps (TIME)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_docs.py -m slow
 
 # other cases each time, 20 times as many as `make test` has; TIMES=100 draws more
 fuzz: $(STAMP) ## hostile configs, texts and task files, drawn at random (15 minutes)

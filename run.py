@@ -6,11 +6,13 @@ Hydra and to the terminal.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import logging
 import os
 import signal
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
@@ -20,11 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -34,7 +38,7 @@ from minilm_exp.class_paths import CALLBACK, SEARCH_SPACE, refuse_code
 from minilm_exp.errors import ExperimentError, Interrupted
 from minilm_exp.launching import Sweeper
 from minilm_exp.redaction import redact, remember
-from minilm_exp.resolvers import register_resolvers, sweep_state
+from minilm_exp.resolvers import REPOSITORY, register_resolvers, sweep_state
 
 if TYPE_CHECKING:
     from minilm_exp.settings import Settings
@@ -45,7 +49,19 @@ _failed_jobs: list[str] = []
 _sweep_folders: list[Path] = []
 _finished_jobs: list[tuple[list[str], Any]] = []
 
+
+def _options(group: str) -> str:
+    """What --help writes below a group, of --config-dir too, for a terminal of 80 columns."""
+    options = GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG)
+    return _listed(options)
+
+
+def _listed(options: Iterable[str]) -> str:
+    return textwrap.fill(", ".join(options), 80, initial_indent="    ", subsequent_indent="    ")
+
+
 register_resolvers()
+OmegaConf.register_resolver("options", _options, replace=True)
 Plugins.instance().register(Sweeper)
 _compose = ConfigLoaderImpl._load_configuration
 
@@ -154,7 +170,7 @@ def _run(
         )
     chosen = hydra_config.runtime.choices
     typed = {override.split("=")[0].lstrip("+~") for override in hydra_config.overrides.task}
-    teacher_was_chosen = chosen.teacher != "minilm_l6" or "teacher" in typed
+    teacher_was_chosen = chosen.get("teacher") != "minilm_l6" or "teacher" in typed
     settings = _parse(config, teacher_was_chosen, typed)
     if settings.runtime.num_threads is None:
         # Of submitit's launchers; joblib tells its processes by itself.
@@ -296,10 +312,44 @@ def _tell_others(error: Exception, reason: str) -> bool:
     return processes.is_leader() or processes.have_met()
 
 
+def _refuse_second_choices(arguments: list[str]) -> None:
+    """Of two options of one group Hydra takes the last and says nothing."""
+    conf = REPOSITORY / "conf"
+    groups = {folder.relative_to(conf).as_posix() for folder in conf.rglob("*") if folder.is_dir()}
+    chosen: dict[str, str] = {}
+    for argument in arguments:
+        name = argument.partition("=")[0].lstrip("+")
+        group = "relation_set" if name == "relations" else name
+        if group not in groups:
+            continue
+        if group in chosen:
+            raise ExperimentError(
+                f"{argument}: {chosen[group]} has chosen an option of {group} before, and of two"
+                " only one can count: leave one of them out"
+            )
+        chosen[group] = argument
+
+
+def _explain_missing(error: MissingConfigException) -> str:
+    """The option that there is not, the nearest that there is, and all of them."""
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    options = error.options or sorted(
+        path.stem for path in (REPOSITORY / "conf" / group).glob("*.yaml")
+    )
+    if not group or not options:
+        return reason
+    nearest = difflib.get_close_matches(name, options, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    return f"{reason}{hint}\nOptions of {group}:\n{_listed(options)}"
+
+
 def _explain(error: BaseException) -> str:
     """One message for people; the cause where Hydra wraps it."""
     if isinstance(error, ExperimentError):
         return str(error)
+    if isinstance(error, MissingConfigException):
+        return _explain_missing(error)
     if "No space left on device" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
         return "the disk is full: free space, or set outputs_dir to another disk; then resume=true"
     if "database or disk is full" in str(error):
@@ -339,6 +389,8 @@ class _RedactedStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
+        if text.startswith("Error executing job with overrides: "):
+            return 0  # Hydra's, before the message that says what is wrong
         return int(self._stream.write(redact(text)))
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -382,6 +434,7 @@ def main() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         sys.argv.append("hydra/job_logging=disabled")
     try:
+        _refuse_second_choices(sys.argv[1:])
         job()
     except KeyboardInterrupt as error:
         name = getattr(error, "signal_name", "SIGINT")
