@@ -10,6 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import transformers
+
 from minilm_exp.delivery import open_run
 from minilm_exp.errors import ExperimentError
 from minilm_exp.parsing import read_settings
@@ -21,8 +23,9 @@ from minilm_exp.tables import find_asked, log_files, moved_store, parser_of
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = parser_of("minilm_exp.report", __doc__)
-    given = parser.parse_args(arguments)
+    given = parser_of("minilm_exp.report", __doc__).parse_args(arguments)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         folder = Path(given.name).expanduser()
         if folder.is_dir():

@@ -82,21 +82,21 @@ class Table:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure.
+    """Figures side by side.
 
     Attributes:
-        svg: From `plots.svg`.
-        caption: What it shows, with units; its text alternative too.
+        svgs: From `plots.svg`.
+        caption: What they show, with units; their text alternative too.
     """
 
-    svg: str
+    svgs: list[str]
     caption: str
     kind: ClassVar[str] = "drawing"
 
     @property
-    def markup(self) -> Markup:
-        """As it goes into the page."""
-        return Markup(redact(self.svg))
+    def markups(self) -> list[Markup]:
+        """As they go into the page."""
+        return [Markup(redact(svg)) for svg in self.svgs]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from minilm_exp.disagreement import NUM_EXAMPLES, disagreements
 from minilm_exp.errors import ExperimentError
 from minilm_exp.heat_maps import heat_maps
-from minilm_exp.plots import Point, loss_curves, speed_and_quality, svg
+from minilm_exp.plots import History, Point, loss_panels, speed_and_quality, svg
 from minilm_exp.report_page import (
     REPORT,
     Block,
@@ -136,7 +135,7 @@ def _speed(settings: Settings, result: Result) -> list[Block]:
         figure = speed_and_quality(points, str(result.baseline), score)
         blocks.append(
             Drawing(
-                svg(figure, "speed"),
+                [svg(figure, "speed")],
                 f"Speedup over {result.baseline} and {score}. A line is a model of which only one"
                 " of the two was measured.",
             )
@@ -201,14 +200,12 @@ def _losses(settings: Settings, result: Result, tracker: Tracker | None) -> list
     return blocks
 
 
-def _curves(
-    name: str, title: str, history: Callable[[str], list[tuple[int, float]]], terms: list[str]
-) -> Block:
+def _curves(name: str, title: str, history: History, terms: list[str]) -> Block:
     if not terms:
         return Text(f"{title}: the distillation has not ended.")
-    figure = loss_curves(history, terms)
+    panels = loss_panels({term: (history, term) for term in terms}, "loss")
     return Drawing(
-        svg(figure, name),
+        [svg(panel, f"{name}-{number}") for number, panel in enumerate(panels)],
         f"{title} of each term, without its weight, and of all together (total), in nats for"
         " relations, by optimiser step; in training and on held-out text.",
     )
@@ -300,7 +297,7 @@ def _provenance(result: Result, tracker: Tracker | None) -> list[Block]:
         ["run folder", Path(result.folder).name],
         ["run key", result.run_key],
         ["MLflow run", result.run_id],
-        *([name.replace("_", " "), value] for name, value in result.made_by.items()),
+        *([name.replace("_", " "), value] for name, value in result.made_by.items() if value),
     ]
     tags = tracker.tags() if tracker is not None else {}
     for name, value in sorted(tags.items()):

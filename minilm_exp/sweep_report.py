@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import yaml
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.figures import draw
-from minilm_exp.plots import cell_curves, svg
+from minilm_exp.plots import History, loss_panels, svg
 from minilm_exp.report_page import (
     REPORT,
     Block,
@@ -42,11 +41,12 @@ def write_sweep_report(asked: Asked) -> Path:
     record, runs = asked.record, asked.runs
     file = record_folder(asked.outputs) / record.name / REPORT
     data: TableData | None = None
+    title, refusal = record.sweep, ""
     try:
+        title = asked.spec().title
         data = asked.collect()
-        title, refusal = data.spec.title, ""
     except ExperimentError as error:
-        title, refusal = record.sweep, str(error)
+        refusal = str(error)
     found = {cell.name: result for cell in record.cells if (result := runs.result(cell))}
     page = Page(
         title,
@@ -106,7 +106,7 @@ def _figure(data: TableData | None, uri: str | None) -> list[Block]:
         figure = draw(data, uri)
     except ExperimentError as error:
         return [Text(f"None: {error}.")]
-    return [Drawing(svg(figure, "figure"), data.spec.title)]
+    return [Drawing([svg(figure, "figure")], data.spec.title)]
 
 
 def _losses(record: SweepRecord, runs: Runs, uri: str | None) -> list[Block]:
@@ -114,21 +114,23 @@ def _losses(record: SweepRecord, runs: Runs, uri: str | None) -> list[Block]:
     if not seeds:
         return [Text("None: no cell is finished.")]
     cells = [cell for cell in record.cells if cell.values["seed"] == seeds[0]]
-    histories: dict[str, Callable[[str], list[tuple[int, float]]]] = {}
+    histories: dict[str, tuple[History, str]] = {}
     try:
         for cell in cells:
             result = runs.result(cell)
             if result is not None and result.validation_losses and not result.stages:
-                histories[_without_seed(cell)] = open_tracker(uri, result.run_id).history
+                history = open_tracker(uri, result.run_id).history
+                histories[_without_seed(cell)] = (history, "total")
     except ExperimentError as error:
         return [Text(f"None: {error}.")]
     if not histories:
         return [Text("None: no cell distils on a corpus in one stage.")]
     if len(histories) > _MOST_CURVES:
         return [Text(f"None: {len(histories)} curves cannot be told apart; each run has its own.")]
+    panels = loss_panels(histories, "loss of all its terms")
     return [
         Drawing(
-            svg(cell_curves(histories), "losses"),
+            [svg(panel, f"losses-{number}") for number, panel in enumerate(panels)],
             f"Loss of all terms by optimiser step, of the cells of seed {seeds[0]}. Only losses of"
             " the same terms compare.",
         )
@@ -190,7 +192,8 @@ def _provenance(results: list[Result], uri: str | None) -> list[Block]:
     known: dict[str, dict[str, None]] = {}
     for result in results:
         for name, value in result.made_by.items():
-            known.setdefault(name.replace("_", " "), {})[value] = None
+            if value:
+                known.setdefault(name.replace("_", " "), {})[value] = None
         try:
             tags = open_tracker(uri, result.run_id).tags()
         except ExperimentError:

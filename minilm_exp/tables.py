@@ -30,7 +30,7 @@ from minilm_exp.table_data import (
     find_records,
     in_order,
 )
-from minilm_exp.table_spec import Named, read_spec
+from minilm_exp.table_spec import Named, TableSpec, read_spec
 from minilm_exp.tracking import open_tracker, sqlite_file
 
 
@@ -317,7 +317,7 @@ class Asked:
         record: Of the sweep.
         runs: Those in the folder.
         uri: Of MLflow.
-        spec: The file of what its table shows, where that is not the sweep's own.
+        spec_file: What its table shows, where that is not the sweep's own.
         allow_mixed: Whether cells may be in the table that should not stand in one.
         without: SETTING=VALUE whose cells are left out.
     """
@@ -327,18 +327,25 @@ class Asked:
     record: SweepRecord
     runs: Runs
     uri: str | None
-    spec: Path | None = None
+    spec_file: Path | None = None
     allow_mixed: bool = False
     without: Sequence[str] = ()
+
+    def spec(self) -> TableSpec:
+        """What its table shows.
+
+        Raises:
+            ExperimentError: The file is not there, or not what it should be.
+        """
+        return read_spec(self.spec_file or spec_of(self.record.sweep))
 
     def collect(self) -> TableData:
         """The cells as rows.
 
         Raises:
-            ExperimentError: There is no spec, or what `collect` refuses.
+            ExperimentError: There is no spec, or the cells cannot stand in a table.
         """
-        spec = read_spec(self.spec or spec_of(self.record.sweep))
-        return collect(self.record, spec, self.runs, self.allow_mixed, self.without)
+        return collect(self.record, self.spec(), self.runs, self.allow_mixed, self.without)
 
 
 def parser_of(program: str, description: str | None) -> argparse.ArgumentParser:
