@@ -44,7 +44,7 @@ class Entry:
     @property
     def href(self) -> str:
         """As an address."""
-        return quote(self.to)
+        return quote(redact(self.to))
 
 
 @dataclass(frozen=True)
