@@ -93,7 +93,8 @@ def _asked(settings: Settings, result: Result) -> list[Block]:
     return [
         Text("Overrides on the command line:" if overrides else "The defaults, without overrides."),
         *words,
-        Table(["group", "option"], [[n, str(v)] for n, v in groups.items()], "Groups", False),
+        Text("Options of the groups:"),
+        Examples([([], sorted((name, str(option)) for name, option in groups.items()))]),
         *map(Text, settings.notes),
     ]
 

@@ -18,6 +18,7 @@ from minilm_exp.report_page import (
     Details,
     Drawing,
     Entry,
+    Examples,
     Page,
     Section,
     Table,
@@ -51,7 +52,7 @@ def write_sweep_report(asked: Asked) -> Path:
     page = Page(
         title,
         f"sweep {record.name}: {runs.count(record.cells)} are finished",
-        _warnings(record, list(found.values()), refusal),
+        _warnings(record, list(found.values()), refusal, data),
         [
             Section("What was asked", _asked(record, list(found.values()))),
             Section("Table", [Words(refusal)] if data is None else _table(data)),
@@ -65,7 +66,9 @@ def write_sweep_report(asked: Asked) -> Path:
     return file
 
 
-def _warnings(record: SweepRecord, results: list[Result], refusal: str) -> list[str]:
+def _warnings(
+    record: SweepRecord, results: list[Result], refusal: str, data: TableData | None
+) -> list[str]:
     found = []
     if any(not result.meaningful for result in results):
         found.append("NOT MEANINGFUL: the teacher had random weights.")
@@ -74,6 +77,8 @@ def _warnings(record: SweepRecord, results: list[Result], refusal: str) -> list[
         found.append(f"FAILED: {failed} of {len(record.cells)} cells, for the reasons below.")
     if refusal:
         found.append("NO TABLE: its cells should not stand in one, for the reasons below.")
+    if data is not None and data.problems:
+        found.append("MIXED OR INCOMPLETE: for the reasons below the table.")
     return found
 
 
@@ -88,9 +93,8 @@ def _asked(record: SweepRecord, results: list[Result]) -> list[Block]:
     blocks.append(Table(["setting", "values"], varied, "What is varied", False))
     chosen = [result.asked["groups"] for result in results if "groups" in result.asked]
     if chosen:
-        groups = [[name, str(value)] for name, value in _common(chosen).items()]
-        table = Table(["group", "option"], groups, "The same in all finished cells", False)
-        blocks.append(Details("Groups", [table]))
+        groups = sorted((name, str(option)) for name, option in _common(chosen).items())
+        blocks += [Text("Options of the groups, in all finished cells:"), Examples([([], groups)])]
     return blocks
 
 

@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 from mlflow import MlflowClient
+from running import client_of, run
 from test_tables import Outputs
 
 from minilm_exp import delivery, run_report
@@ -572,3 +573,27 @@ def test_refused_table_is_told(swept):
     assert "table" in page.elements
     with pytest.raises(SystemExit, match="no sweep nothing"):
         main(["nothing", "--outputs", str(swept.root)])
+
+
+@pytest.mark.integration
+def test_sweep_writes_its_report(tmp_path):
+    """A sweep whose report has to be asked for, or that is not with its MLflow run."""
+    outputs = tmp_path / "outputs"
+    sweep = ["-m", "sweeps=relation_set", "experiment=smoke", "recipe.models=[student]"]
+    done = run(outputs, "report=true", *sweep, "relations=choice(kk,vv)")
+    assert done.status == 0, done.both
+    (file,) = outputs.glob("sweeps/*/report.html")
+    assert f"report      {file}" in done.stdout
+    page = read(file)
+    files = [address for address in page.addresses if not address.startswith("#")]
+    linked = [(file.parent / unquote(address)).resolve() for address in files]
+    assert sorted(linked) == sorted(outputs.resolve().glob("runs/*/report.html"))
+    assert len(linked) == 2 and all(f"report      {path}" in done.stdout for path in linked)
+    assert "relations=kk" in page.sections["Losses"]
+    assert "experimentsmoke" in page.sections["What was asked"]
+    own = read(linked[0]).sections["What was asked"]
+    assert "recipe.models=[student]" in own and "tiny_random" in own
+    record = next(outputs.glob("sweeps/*.json"))
+    client = client_of(outputs)
+    run_id = json.loads(record.read_text())["run_id"]
+    assert [found.path for found in client.list_artifacts(run_id)] == ["report.html"]
