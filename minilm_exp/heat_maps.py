@@ -95,6 +95,8 @@ def heat_maps(settings: Settings, result: Result) -> HeatMaps:
         raise ExperimentError("nothing was distilled on a corpus")
     if not relations:
         raise ExperimentError(f"objective={stage.settings.objective.name} compares no relations")
+    if settings.corpus.pretokenized:
+        raise ExperimentError("the corpus has no text, only token ids")
     folder = Path(result.folder)
     student, tokenizer = _checkpoint(settings, folder / "student")
     if result.student_fingerprint not in (None, fingerprint_model(folder / "student")):

@@ -28,7 +28,8 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     try:
         folder = Path(given.name).expanduser()
-        if folder.is_dir():
+        # A sweep may have the name of a folder here.
+        if folder.is_dir() and (len(folder.parts) > 1 or (folder / "result.json").is_file()):
             file = _of_run(folder.absolute(), given)
         else:
             asked = find_asked(given)

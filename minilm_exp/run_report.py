@@ -180,7 +180,7 @@ def _losses(settings: Settings, result: Result, tracker: Tracker | None) -> list
     if settings.recipe.name == "finetune" or not settings.corpus_stages:
         return [Text("None: nothing was distilled on a corpus.")]
     if tracker is None:
-        return [Text("None: MLflow's store, which has them, no longer has this run.")]
+        return [Text("None: MLflow's store, which has them, is out of reach or has lost this run.")]
     if not settings.stages:
         history, terms = tracker.history, list(result.validation_losses)
         return [_curves("loss", "Loss", history, terms)]

@@ -45,9 +45,8 @@ from minilm_exp.result import Result, write_json
 from minilm_exp.settings import NEUTRAL, TRIAL_VALUES, Tracking
 from minilm_exp.studies import SharedStorage
 from minilm_exp.sweep_record import Cell, Runs, SweepRecord, open_record
-from minilm_exp.sweep_report import write_sweep_report
 from minilm_exp.sweep_summary import Plan, print_cells, print_end, print_search
-from minilm_exp.tables import Asked, spec_of
+from minilm_exp.table_spec import spec_of
 from minilm_exp.tracking import end_interrupted, end_tagged, start_tracking
 from minilm_exp.trial import Trial
 
@@ -337,6 +336,9 @@ def _end(session: Session, tracking: Tracking, is_interrupted: bool, has_report:
         tracker.finish("KILLED" if is_interrupted else "FAILED" if failed else "FINISHED")
     print_end(record, failed, runs)
     if has_report and not is_interrupted:
+        from minilm_exp.sweep_report import write_sweep_report  # heavy
+        from minilm_exp.tables import Asked
+
         report = write_sweep_report(
             Asked(session.sweep, runs.folder.parent, record, runs, tracking.uri)
         )

@@ -30,7 +30,7 @@ from minilm_exp.table_data import (
     find_records,
     in_order,
 )
-from minilm_exp.table_spec import Named, TableSpec, read_spec
+from minilm_exp.table_spec import Named, TableSpec, read_spec, spec_of
 from minilm_exp.tracking import open_tracker, sqlite_file
 
 
@@ -393,11 +393,6 @@ def moved_store(uri: str, outputs: Path) -> str:
     store, own = sqlite_file(uri), outputs / "mlflow.db"
     is_moved = store is not None and not store.exists() and own.exists()
     return f"sqlite:///{own}" if is_moved else uri
-
-
-def spec_of(sweep: str) -> Path:
-    """The file of a sweep's spec."""
-    return REPOSITORY / "sweeps" / f"{sweep}.table"
 
 
 def command_line(

@@ -288,6 +288,22 @@ def test_written_again_by_its_folder(whole, capsys, tmp_path):
         main([str(tmp_path)])
 
 
+def test_failed_run(whole, tmp_path):
+    """A report of a failed run that fails too, or hides that it has failed."""
+    _, result = whole
+    folder = Path(shutil.copytree(result.folder, tmp_path / "runs" / "run"))
+    shutil.rmtree(folder / "student")
+    stored = json.loads((folder / "result.json").read_text())
+    stored |= {"status": "FAILED", "error": "Oops: lost", "validation_loss": None, "run_id": "0"}
+    stored |= {"validation_losses": {}, "scores": {}, "speedup": None, "parameters": {}}
+    (folder / "result.json").write_text(json.dumps(stored))
+    main([str(folder)])
+    page = read(folder / "report.html")
+    assert "FAILED: Oops: lost" in (folder / "report.html").read_text()
+    assert "None: there is no student" in page.sections["Attention relations"]
+    assert "the student was not scored" in page.sections["Where teacher and student disagree"]
+
+
 def test_settings_are_read_back(whole, made):
     """Settings that the run folder keeps and that mean another run."""
     settings, result = whole
@@ -344,7 +360,7 @@ def test_store_that_is_gone(whole, tmp_path):
     settings, result = whole
     copied = read_result(shutil.copytree(result.folder, tmp_path / "run"))
     sections = read(write_run_report(settings, copied, None)).sections
-    assert "no longer has this run" in sections["Loss"]
+    assert "has lost this run" in sections["Loss"]
 
 
 @pytest.mark.parametrize(
