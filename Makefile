@@ -7,7 +7,8 @@ STAMP := $(VENV)/.installed
 AUDIT := $(VENV)/audit
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-seeds sweep table figure test test-docs fuzz audit chaos lint bench bench-quick lock ui clean
+.PHONY: help install demo demo-seeds sweep table figure report test test-docs fuzz audit chaos lint \
+  bench bench-quick lock ui clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,6 +38,9 @@ table: $(STAMP) ## print and write the table of a sweep: NAME=relation_set
 
 figure: $(STAMP) ## draw the figure of a sweep: NAME=teacher_layer
 	$(BIN)/python -m minilm_exp.figures $(NAME) $(ARGS)
+
+report: $(STAMP) ## write the report of a sweep or a run folder again: NAME=relation_set
+	$(BIN)/python -m minilm_exp.report $(NAME) $(ARGS)
 
 test: $(STAMP) ## run the tests (15 to 25 minutes on 2 cores, no network)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

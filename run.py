@@ -181,7 +181,13 @@ def _run(
     from minilm_exp.summary import print_summary
 
     trial = None if session is None else session.trial(hydra_config.job.num, settings.tracking)
-    outcome = run_experiment(settings, *_grid(hydra_config, session), trial)
+    groups = {
+        group: option
+        for group, option in chosen.items()
+        if option is not None and not group.startswith("hydra/")
+    }
+    asked = {"overrides": [*hydra_config.overrides.task], "groups": groups}
+    outcome = run_experiment(settings, *_grid(hydra_config, session), trial, asked)
     if isinstance(outcome, Result):
         print_summary(settings, outcome)
         if session is not None:

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -128,20 +129,7 @@ def prepare_corpus(
         ExperimentError: The corpus is unreadable, changed while it was read, or is too small for
             one block in each part.
     """
-    corpus = settings.corpus
-    key = fingerprint_text(
-        json.dumps(
-            [
-                CACHE_VERSION,
-                fingerprint,
-                fingerprint_tokenizer(tokenizer),
-                corpus.block_length,
-                corpus.packing,
-                corpus.split,
-                corpus.held_out_fraction,
-            ],
-        )
-    )
+    key = _cache_key(settings.corpus, tokenizer, fingerprint)
     folder = settings.outputs / "cache" / "corpus" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{key}.lock")):
@@ -159,6 +147,42 @@ def prepare_corpus(
         num_truncated=meta["num_truncated"],
         **parts,
     )
+
+
+def _cache_key(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, fingerprint: str) -> str:
+    return fingerprint_text(
+        json.dumps(
+            [
+                CACHE_VERSION,
+                fingerprint,
+                fingerprint_tokenizer(tokenizer),
+                corpus.block_length,
+                corpus.packing,
+                corpus.split,
+                corpus.held_out_fraction,
+            ],
+        )
+    )
+
+
+def held_out_sentences(
+    settings: Settings, tokenizer: PreTrainedTokenizerFast, fingerprint: str
+) -> Iterator[str]:
+    """Sentences of the held-out documents of a corpus that was prepared, one after the other.
+
+    Its cache is not looked through, which takes long for a large corpus.
+
+    Args:
+        settings: The run.
+        tokenizer: That it was prepared with.
+        fingerprint: Of its content.
+    """
+    key = _cache_key(settings.corpus, tokenizer, fingerprint)
+    with suppress(FileNotFoundError):
+        file = settings.outputs / "cache" / "corpus" / key / "held_out.jsonl"
+        with file.open(encoding="utf-8") as lines:
+            for line in lines:
+                yield from sentences(json.loads(line))
 
 
 def fingerprint_corpus(corpus: Corpus) -> str:

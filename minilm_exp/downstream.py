@@ -380,8 +380,7 @@ class Scoring:
     def _write_predictions(
         self, job: Finetuning, role: str, cell: Cell, scored: Scored
     ) -> list[Path]:
-        settings = "".join(f"-{value:g}" for value in cell.settings.values())
-        folder = self.folder / "predictions" / f"{job.name}-{role}{settings}-seed{job.seed}"
+        folder = predictions_folder(self.folder, job.name, role, cell.settings, job.seed)
         folder.mkdir(parents=True, exist_ok=True)
         written = []
         for part, examples in _scored_parts(job):
@@ -415,6 +414,22 @@ class Scoring:
                 self.tracker.log_metrics({f"{prefix}/best/{setting}": value})
             table = json.dumps([asdict(cell) for cell in outcome.cells], indent=1)
             self.tracker.log_text(table + "\n", f"grids/{name}-{role}.json")
+
+
+def predictions_folder(
+    folder: Path, task: str, role: str, settings: dict[str, Any], seed: int
+) -> Path:
+    """Where a run keeps what a model predicted: a file for each part.
+
+    Args:
+        folder: The run folder.
+        task: Its name.
+        role: Of the model.
+        settings: Those that a search changes, of the cell.
+        seed: Of the fine-tuning.
+    """
+    values = "".join(f"-{value:g}" for value in settings.values())
+    return folder / "predictions" / f"{task}-{role}{values}-seed{seed}"
 
 
 def _role_of_teacher(name: str) -> str:

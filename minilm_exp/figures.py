@@ -10,7 +10,6 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -18,12 +17,11 @@ from matplotlib.figure import Figure
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.pareto import on_front
-from minilm_exp.plots import LINES
+from minilm_exp.plots import LINES, MARKS
 from minilm_exp.table_data import Measured, Row, TableData, in_order
 from minilm_exp.tables import command_line, log_files
 from minilm_exp.tracking import open_tracker
 
-_MARKS = "osD^vPX*"
 _GREYS = ("black", "0.35", "0.55")
 
 
@@ -132,8 +130,8 @@ def _pareto(axes: Axes, data: TableData) -> None:
             label=row.label,
             capsize=3,
             linestyle="none",
-            marker=_MARKS[number % len(_MARKS)],
-            color=_GREYS[number // len(_MARKS) % len(_GREYS)],
+            marker=MARKS[number % len(MARKS)],
+            color=_GREYS[number // len(MARKS) % len(_GREYS)],
         )
     _front(axes, points, on_front(points))
     baselines = sorted({str(result.baseline) for result in data.results})
@@ -218,7 +216,7 @@ def _loss(uri: str | None, axes: Axes, data: TableData) -> None:
 
 def _style(number: int) -> dict[str, Any]:
     return {
-        "marker": _MARKS[number % len(_MARKS)],
+        "marker": MARKS[number % len(MARKS)],
         "linestyle": LINES[number % len(LINES)],
         "color": _GREYS[number // len(LINES) % len(_GREYS)],
     }
@@ -226,18 +224,18 @@ def _style(number: int) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    given, data = command_line("minilm_exp.figures", __doc__, arguments)
+    asked, data = command_line("minilm_exp.figures", __doc__, arguments)
     try:
-        figure = draw(data, given.tracking_uri)
+        figure = draw(data, asked.uri)
     except ExperimentError as error:
         sys.exit(f"error: {error}")
-    folder = Path(given.outputs) / "figures"
+    folder = asked.outputs / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{given.name}.{ending}" for ending in ("png", "svg")]
+    files = [folder / f"{asked.name}.{ending}" for ending in ("png", "svg")]
     for file in files:
         figure.savefig(file, dpi=150)
         print(f"written: {file}")
-    log_files(data, given.tracking_uri, files, "figures")
+    log_files(data.record, asked.uri, files, "figures")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -127,6 +128,25 @@ def parse(
         _max_tokens(settings, student_facts),
         _model_types(settings, student_facts),
     )
+    return settings
+
+
+def read_settings(file: Path) -> Settings:
+    """The settings of a run as its folder keeps them.
+
+    Raises:
+        ExperimentError: They cannot be read, or do not hold here, as where a checkpoint is gone.
+    """
+    try:
+        config = OmegaConf.create(yaml.safe_load(file.read_text(encoding="utf-8")))
+        if not isinstance(config, DictConfig):
+            raise ValueError("no settings by name")
+        reads_relation_set = bool(config.objective.reads_relation_set)
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ExperimentError(f"{file} cannot be read: {reason_of(error)}") from error
+    settings = parse(config, typed={"teacher.revision"})
+    # Told by its interpolations, which are resolved here.
+    settings.objective.reads_relation_set = reads_relation_set
     return settings
 
 

@@ -78,7 +78,11 @@ _log = logging.getLogger(__name__)
 
 
 def run_experiment(
-    settings: Settings, num_cells: int = 1, num_seeds: int = 1, trial: Trial | None = None
+    settings: Settings,
+    num_cells: int = 1,
+    num_seeds: int = 1,
+    trial: Trial | None = None,
+    asked: dict[str, Any] | None = None,
 ) -> Result | PreparedCorpus | None:
     """Runs the recipe, or returns the run with the same key that has already finished.
 
@@ -89,6 +93,7 @@ def run_experiment(
         num_cells: Runs of its grid, for one seed, that read the same teacher states.
         num_seeds: Seeds of its grid.
         trial: Its place in a sweep. Where another process computes the same run, it waits then.
+        asked: How it was asked for, see `Result.asked`.
 
     Raises:
         ExperimentError: Something that the user can change stops the run. What was recorded until
@@ -145,6 +150,7 @@ def run_experiment(
             and (made_by is None or made_by.meaningful),
             candidates=settings.candidates,
             replaces=[known.run_id for known in standing_runs(settings, key)],
+            asked=asked or {},
         )
         before = left if settings.resume else None
         start = time.monotonic() - ((before and before.elapsed_seconds) or 0)

@@ -32,6 +32,8 @@ class Result:
         pushed_to: Repository of the hub that has the student.
         student_fingerprint: Of the saved student's files, which tells when they are damaged.
         grids: By model and task every cell of a search, not only the best.
+        candidates: Shapes that a budget chose from, each with what is known of it.
+        asked: `overrides`, what was typed on the command line, and `groups`, the options chosen.
     """
 
     run_id: str
@@ -58,6 +60,8 @@ class Result:
     untrained: list[str] = field(default_factory=list)
     candidates: list[dict[str, Any]] = field(default_factory=list)
     exports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    candidates: list[dict[str, Any]] = field(default_factory=list)
+    asked: dict[str, Any] = field(default_factory=dict)
     pushed_to: str | None = None
     student_fingerprint: str | None = None
     error: str | None = None

@@ -40,13 +40,13 @@ from minilm_exp.estimate import estimate_seconds
 from minilm_exp.locks import AdvisoryLock, is_postgres
 from minilm_exp.provenance import fingerprint_text, git_state
 from minilm_exp.redaction import redact
-from minilm_exp.resolvers import REPOSITORY
 from minilm_exp.result import Result, write_json
 from minilm_exp.settings import NEUTRAL, TRIAL_VALUES, Tracking
 from minilm_exp.sizing import settings_of
 from minilm_exp.studies import SharedStorage
 from minilm_exp.sweep_record import Cell, Runs, SweepRecord, open_record
 from minilm_exp.sweep_summary import Plan, print_cells, print_end, print_search
+from minilm_exp.table_spec import spec_of
 from minilm_exp.tracking import end_interrupted, end_tagged, start_tracking
 from minilm_exp.trial import Trial
 
@@ -197,7 +197,7 @@ class SweepCallback(Callback):
             is_interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
             tracking = tracking_of(config)
             try:
-                _end(self._session, tracking, is_interrupted)
+                _end(self._session, tracking, is_interrupted, bool(config.report))
             except ExperimentError:
                 # Of a database of studies that is gone; MLflow may be another one.
                 end_interrupted(tracking.uri, self._session.parent_id)
@@ -281,7 +281,7 @@ def _start(config: DictConfig) -> Session:
         )  # fmt: skip
         record.uri, record.run_id = redact(tracking.uri), tracker.run_id
         resolvers.sweep_state.calls = record.calls
-    if not (REPOSITORY / "sweeps" / f"{sweep}.table").is_file():
+    if not spec_of(sweep).is_file():
         print(f"there is no sweeps/{sweep}.table, which make table will need")
     if is_grid:
         print_cells(record, known, plans, runs)
@@ -310,7 +310,7 @@ def _start(config: DictConfig) -> Session:
     return session
 
 
-def _end(session: Session, tracking: Tracking, is_interrupted: bool) -> None:
+def _end(session: Session, tracking: Tracking, is_interrupted: bool, has_report: bool) -> None:
     study = optuna.load_study(
         study_name=session.study, storage=SharedStorage(tracking.studies, tracking.retry_seconds)
     )
@@ -335,6 +335,15 @@ def _end(session: Session, tracking: Tracking, is_interrupted: bool) -> None:
     if not is_open:
         tracker.finish("KILLED" if is_interrupted else "FAILED" if failed else "FINISHED")
     print_end(record, failed, runs)
+    if has_report and not is_interrupted:
+        from minilm_exp.sweep_report import write_sweep_report  # heavy
+        from minilm_exp.tables import Asked
+
+        report = write_sweep_report(
+            Asked(session.sweep, runs.folder.parent, record, runs, tracking.uri)
+        )
+        tracker.log_artifact(report)
+        print(f"report      {report}")
 
 
 def _single_choices(space: dict[str, BaseDistribution]) -> list[dict[str, Any]]:

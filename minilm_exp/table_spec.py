@@ -10,6 +10,7 @@ import yaml
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.paper import paper_table, paper_value
+from minilm_exp.resolvers import REPOSITORY
 
 # Of a paper's table: the name of a column, or values that its row has, by column.
 _Place = str | dict[str, Any]
@@ -131,6 +132,11 @@ class TableSpec:
             if name is not None and (value := paper_value(table, name, match)) is not None:
                 return value, table
         return None, None
+
+
+def spec_of(sweep: str) -> Path:
+    """The file of a sweep's spec."""
+    return REPOSITORY / "sweeps" / f"{sweep}.table"
 
 
 def read_spec(file: Path) -> TableSpec:

@@ -10,7 +10,7 @@ import csv
 import io
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from rich.table import Table as RichTable
 from minilm_exp.errors import ExperimentError
 from minilm_exp.paper import paper_table
 from minilm_exp.resolvers import REPOSITORY
-from minilm_exp.sweep_record import Runs
+from minilm_exp.sweep_record import Runs, SweepRecord
 from minilm_exp.table_data import (
     SIGNIFICANCE,
     Measured,
@@ -30,7 +30,7 @@ from minilm_exp.table_data import (
     find_records,
     in_order,
 )
-from minilm_exp.table_spec import Named, read_spec
+from minilm_exp.table_spec import Named, TableSpec, read_spec, spec_of
 from minilm_exp.tracking import open_tracker, sqlite_file
 
 
@@ -307,10 +307,49 @@ _LATEX = {sign: f"\\{sign}" for sign in "&%$#_{}"} | {
 }
 
 
-def command_line(
-    program: str, description: str | None, arguments: list[str] | None
-) -> tuple[argparse.Namespace, TableData]:
-    """What the command lines of tables and figures have in common; exits where it cannot be had."""
+@dataclass(frozen=True)
+class Asked:
+    """A sweep as a command line names it.
+
+    Attributes:
+        name: Of the sweep or the record.
+        outputs: The folder of all runs.
+        record: Of the sweep.
+        runs: Those in the folder.
+        uri: Of MLflow.
+        spec_file: What its table shows, where that is not the sweep's own.
+        allow_mixed: Whether cells may be in the table that should not stand in one.
+        without: SETTING=VALUE whose cells are left out.
+    """
+
+    name: str
+    outputs: Path
+    record: SweepRecord
+    runs: Runs
+    uri: str | None
+    spec_file: Path | None = None
+    allow_mixed: bool = False
+    without: Sequence[str] = ()
+
+    def spec(self) -> TableSpec:
+        """What its table shows.
+
+        Raises:
+            ExperimentError: The file is not there, or not what it should be.
+        """
+        return read_spec(self.spec_file or spec_of(self.record.sweep))
+
+    def collect(self) -> TableData:
+        """The cells as rows.
+
+        Raises:
+            ExperimentError: There is no spec, or the cells cannot stand in a table.
+        """
+        return collect(self.record, self.spec(), self.runs, self.allow_mixed, self.without)
+
+
+def parser_of(program: str, description: str | None) -> argparse.ArgumentParser:
+    """What the command lines of tables, figures and reports have in common."""
     parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
     parser.add_argument("name", help="of the sweep, or of one of its records in outputs/sweeps")
     parser.add_argument("--outputs", type=Path, default=REPOSITORY / "outputs")
@@ -328,28 +367,51 @@ def command_line(
         metavar="SETTING=VALUE",
         help="leaves these cells out, and says so; may be given again",
     )
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def find_asked(given: argparse.Namespace) -> Asked:
+    """The sweep that the arguments name.
+
+    Raises:
+        ExperimentError: There is none.
+    """
+    outputs = given.outputs.absolute()
+    runs = Runs(outputs)
+    record, *others = find_records(outputs, given.name, runs)
+    if others:
+        names = ", ".join(f"{r.name} ({runs.count(r.cells)})" for r in others)
+        print(f"of {record.name}; there are also {names}")
+    uri = moved_store(given.tracking_uri or record.uri or "", outputs) or None
+    return Asked(
+        given.name, outputs, record, runs, uri, given.spec, given.allow_mixed, given.without
+    )
+
+
+def moved_store(uri: str, outputs: Path) -> str:
+    """MLflow's store; that in the folder of all runs where the folder was moved."""
+    store, own = sqlite_file(uri), outputs / "mlflow.db"
+    is_moved = store is not None and not store.exists() and own.exists()
+    return f"sqlite:///{own}" if is_moved else uri
+
+
+def command_line(
+    program: str, description: str | None, arguments: list[str] | None
+) -> tuple[Asked, TableData]:
+    """The sweep and its table; exits where it cannot be had."""
     try:
-        runs = Runs(given.outputs.absolute())
-        record, *others = find_records(given.outputs.absolute(), given.name, runs)
-        if others:
-            names = ", ".join(f"{r.name} ({runs.count(r.cells)})" for r in others)
-            print(f"of {record.name}; there are also {names}")
-        given.tracking_uri = given.tracking_uri or record.uri
-        store = sqlite_file(given.tracking_uri or "")
-        own = given.outputs.absolute() / "mlflow.db"
-        if store is not None and not store.exists() and own.exists():
-            given.tracking_uri = f"sqlite:///{own}"  # the folder was moved
-        spec = read_spec(given.spec or REPOSITORY / "sweeps" / f"{record.sweep}.table")
-        return given, collect(record, spec, runs, given.allow_mixed, given.without)
+        asked = find_asked(parser_of(program, description).parse_args(arguments))
+        return asked, asked.collect()
     except ExperimentError as error:
         sys.exit(f"error: {error}")
 
 
-def log_files(data: TableData, uri: str | None, files: list[Path], folder: str) -> None:
+def log_files(
+    record: SweepRecord, uri: str | None, files: list[Path], folder: str | None = None
+) -> None:
     """Puts them into the MLflow run of the sweep; a store out of reach is said."""
     try:
-        tracker = open_tracker(uri, data.record.run_id)
+        tracker = open_tracker(uri, record.run_id)
         for file in files:
             tracker.log_artifact(file, folder)
     except ExperimentError as error:
@@ -358,17 +420,17 @@ def log_files(data: TableData, uri: str | None, files: list[Path], folder: str) 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    given, data = command_line("minilm_exp.tables", __doc__, arguments)
-    folder = Path(given.outputs) / "tables"
+    asked, data = command_line("minilm_exp.tables", __doc__, arguments)
+    folder = asked.outputs / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for ending, write in FORMATS.items():
-        files.append(folder / f"{given.name}.{ending}")
+        files.append(folder / f"{asked.name}.{ending}")
         files[-1].write_text(write(data), encoding="utf-8")
     print_table(data)
     for file in files:
         print(f"written: {file}")
-    log_files(data, given.tracking_uri, files, "tables")
+    log_files(data.record, asked.uri, files, "tables")
 
 
 if __name__ == "__main__":

@@ -111,6 +111,10 @@ class Tracker:
         entities = [RunTag(name, redact(value)[:_MAX_TAG_LENGTH]) for name, value in tags.items()]
         self._client.log_batch(self.run_id, tags=entities)
 
+    def tags(self) -> dict[str, str]:
+        """Tags of the run by name."""
+        return dict(self._client.get_run(self.run_id).data.tags)
+
     def log_dataset(self, name: str, digest: str, source: str, context: str) -> None:
         """What was trained on or scored with."""
         dataset = Dataset(name=name, digest=digest[:36], source_type="local", source=redact(source))

@@ -179,6 +179,9 @@ def settings_for(compose_config, tmp_path):
             OmegaConf.update(config, name, value)
         if not any(override.startswith("outputs_dir=") for override in overrides):
             config.outputs_dir = str(tmp_path / "outputs")
+        # It costs a second, and is for tests that look at it.
+        if not any(override.startswith("report=") for override in overrides):
+            config.report = False
         return parse(config, teacher_was_chosen)
 
     return parsed
@@ -257,7 +260,7 @@ def settings_of(compose_config, tiny_teacher_folder, tmp_path):
             "teacher=custom", f"teacher.path={tiny_teacher_folder}",
             "student.hidden_size=32", "student.num_attention_heads=4", "task=none",
             "relation_set.num_relation_heads=4",
-            "corpus=text_files", f"corpus.files=[{text}]", *overrides,
+            "corpus=text_files", f"corpus.files=[{text}]", "report=false", *overrides,
         )  # fmt: skip
         OmegaConf.set_struct(config, False)
         config.outputs_dir = str(tmp_path / "outputs")

@@ -25,10 +25,10 @@ ORDER = [
     "tasks.metrics", "tasks.encode", "tasks.finetune", "tasks.similarity", "tasks.teacher_labels",
     "speed", "result", "sizing",
     "claims", "run_folder", "student_folder", "plots", "tracking", "stages", "task_stages",
-    "downstream", "model_card", "delivery", "pipeline", "quick_search",
-    "summary", "estimate", "sweep_record",
-    "sweep_summary", "sweeping",
-    "launching", "pareto", "paper", "table_spec", "table_data", "tables", "figures",
+    "downstream", "model_card", "result_table", "report_page", "heat_maps", "disagreement",
+    "run_report", "delivery", "pipeline", "quick_search", "summary", "estimate", "sweep_record",
+    "pareto", "paper", "table_spec", "table_data", "tables", "figures", "sweep_report",
+    "sweep_summary", "sweeping", "report", "launching",
 ]  # fmt: skip
 
 
