@@ -107,6 +107,28 @@ def load_tasks(
     return loaded
 
 
+def job_of(
+    settings: Settings,
+    precision: str,
+    name: str,
+    data: TaskData,
+    task_settings: TaskSettings,
+    seed: int,
+) -> Finetuning:
+    """One fine-tuning of a run."""
+    return Finetuning(
+        name=name,
+        task=settings.tasks[name],
+        data=data,
+        settings=task_settings,
+        seed=seed,
+        precision=precision,
+        runtime=settings.runtime,
+        cache=settings.outputs / "cache" / "tasks",
+        checkpoint_steps=settings.task_training.checkpoint_steps,
+    )
+
+
 @dataclass
 class Scoring:
     """Fine-tunes and scores the models of one run.
@@ -196,17 +218,7 @@ class Scoring:
         return outcome
 
     def _job(self, name: str, data: TaskData, settings: TaskSettings, seed: int) -> Finetuning:
-        return Finetuning(
-            name=name,
-            task=self.settings.tasks[name],
-            data=data,
-            settings=settings,
-            seed=seed,
-            precision=self.precision,
-            runtime=self.settings.runtime,
-            cache=self.settings.outputs / "cache" / "tasks",
-            checkpoint_steps=self.settings.task_training.checkpoint_steps,
-        )
+        return job_of(self.settings, self.precision, name, data, settings, seed)
 
     def _model_folder(self, name: str, role: str) -> Path:
         return self.folder / "models" / f"{name}-{role}"

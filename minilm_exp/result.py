@@ -27,8 +27,9 @@ class Result:
             finished.
         stages: Of a recipe with several stages, the validation losses of each.
         untrained: Parameters of the student that no stage reached.
-        exports: By export, what was measured of it.
-        pushed_to: Repository of the hub that has the student.
+        exports: By exported model (student, or the task that it was fine-tuned on): threads; of
+            teacher, student and each export a `Measured`; fingerprints of the exports' files.
+        pushed_to: Repository of the hub that has the student as it is now.
         student_fingerprint: Of the saved student's files, which tells when they are damaged.
         grids: By model and task every cell of a search, not only the best.
     """

@@ -23,9 +23,10 @@ ORDER = [
     "tasks.next_passage", "tasks.answers", "tasks.spans", "tasks.seq2seq", "tasks.text_scores",
     "tasks.metrics", "tasks.encode", "tasks.finetune", "tasks.similarity", "speed", "result",
     "claims", "run_folder", "student_folder", "plots", "tracking", "stages", "task_stages",
-    "downstream", "model_card", "delivery", "pipeline", "summary", "estimate", "sweep_record",
-    "sweep_summary", "sweeping",
-    "launching", "pareto", "paper", "table_spec", "table_data", "tables", "figures",
+    "downstream", "sentence_pooling", "exported", "export", "export_comparison",
+    "run_exports", "licences", "model_card", "pushing", "delivery", "pipeline", "summary",
+    "estimate", "sweep_record", "sweep_summary", "sweeping", "launching",
+    "pareto", "paper", "table_spec", "table_data", "tables", "figures",
 ]  # fmt: skip
 
 
