@@ -5,6 +5,7 @@ Every function raises an ExperimentError that names the value, the rule and the 
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ from minilm_exp.errors import ExperimentError
 from minilm_exp.hub import COMMIT
 from minilm_exp.objective_settings import STATE_LETTERS, RelationTerm, check_terms
 from minilm_exp.settings import (
+    EXPORTS,
     ROLES,
     TRIAL_VALUES,
     Baseline,
@@ -137,6 +139,50 @@ def check_trust(settings: Settings) -> None:
         )
 
 
+_EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def check_export(settings: Settings) -> None:
+    """Refuses exports and a push that there is nothing for, or no library."""
+    asked = [f"export={settings.export}".replace("'", "")] if settings.export else []
+    asked += [f"push_to={settings.push_to}"] if settings.push_to is not None else []
+    if not asked:
+        return
+    if settings.recipe.name == "prepare_corpus":
+        raise ExperimentError(f"{asked[0]}: recipe=prepare_corpus makes no student: leave it out")
+    doubled = [name for name in EXPORTS if settings.export.count(name) > 1]
+    if doubled:
+        raise ExperimentError(f"{asked[0]} names {doubled[0]} twice: once is enough")
+    trained = [task for task in settings.tasks.values() if task.is_trained]
+    kept = trained if settings.recipe.keep_models and "student" in settings.recipe.models else []
+    has_encoder = settings.recipe.name != "finetune" and settings.origin.settings.data == "corpus"
+    if settings.export:
+        if not has_encoder and all(task.kind == "generation" for task in kept):
+            raise ExperimentError(
+                f"{asked[0]}: recipe={settings.recipe.name} leaves no student that can be exported;"
+                " set recipe.keep_models=true with the student in recipe.models and a task that is"
+                " not generation, or leave it out"
+            )
+        if "student" in settings.tasks:
+            raise ExperimentError(
+                f"{asked[0]}: the exports of the task `student` would have the folder of the"
+                " student's: give tasks.student another name"
+            )
+        needs_onnx = any(name.startswith("onnx") for name in settings.export)
+        for package in _EXPORT_PACKAGES if needs_onnx else ():
+            if importlib.util.find_spec(package) is None:
+                raise ExperimentError(
+                    f"{asked[0]} needs {package}, which is not installed: pip install"
+                    " 'minilm_exp[export]', or leave it out"
+                )
+    if settings.push_to is not None and settings.pushes_task_model and len(kept) != 1:
+        raise ExperimentError(
+            f"{asked[-1]}: one student is pushed, but recipe={settings.recipe.name} keeps"
+            f" {len(kept)}: choose one task, with recipe.keep_models=true and the student in"
+            " recipe.models, or leave it out"
+        )
+
+
 # Above these a slip of the pen would end in an overflow, or in a loop that does not end.
 _HIGHEST = {"student.num_layers": 10_000, "teacher.num_layers": 10_000, "runtime.num_threads": 4096,
             "runtime.num_workers": 4096, "task_training.num_seeds": 10_000}  # fmt: skip
@@ -165,6 +211,7 @@ def check_values(settings: Settings) -> None:
         ("corpus.split", settings.corpus.split, ("document", "sentence")),
         *(("recipe.models", name, ROLES) for name in settings.recipe.models),
         *(("trial_values", name, TRIAL_VALUES) for name in settings.trial_values),
+        *(("export", name, EXPORTS) for name in settings.export),
         ("training.precision", training.precision, ("auto", "fp32", "bf16")),
         ("runtime.teacher_cache", runtime.teacher_cache, ("auto", "true", "false")),
         ("runtime.relation_kernel", runtime.relation_kernel, ("auto", "block", "triton")),

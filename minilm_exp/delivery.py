@@ -1,4 +1,4 @@
-"""What is made of a finished run: the model card of its student, and the report.
+"""What is made of a finished run: exports, the model card, the report, a push to the hub.
 
 None of it is part of the run's result. A finished run gets what it lacks without being trained
 again, and what goes wrong here leaves it finished.
@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minilm_exp.errors import ExperimentError
-from minilm_exp.model_card import write_model_card
+from minilm_exp.model_card import is_card_of, write_model_card
+from minilm_exp.pushing import check_push, push
 from minilm_exp.report_page import REPORT
 from minilm_exp.result import Result
+from minilm_exp.run_exports import make_exports
 from minilm_exp.run_report import write_run_report
 from minilm_exp.settings import Settings
 from minilm_exp.tasks.splits import Splits
@@ -46,22 +48,67 @@ def deliver(settings: Settings, inputs: Inputs, result: Result) -> None:
         result: Of the run, which has finished; is written again.
 
     Raises:
-        ExperimentError: Something of it cannot be made.
+        ExperimentError: Something of it cannot be made; the run stays finished.
     """
-    student = Path(result.folder) / "student"
-    lacks_card = student.is_dir() and not (student / "README.md").is_file()
-    lacks_report = settings.report and not _has_report(Path(result.folder))
-    if not (lacks_card or lacks_report):
+    if settings.push_to is not None:
+        check_push(settings.push_to)  # before what takes longer
+    models = _models(settings, Path(result.folder))
+    cards = [model for model in models if not is_card_of(model, result)]
+    if not (cards or settings.export or settings.push_to or settings.report):
         return
     tracker = open_run(settings.tracking.uri, result)
-    if lacks_card:
-        write_model_card(student, settings, result)
+    if make_exports(settings, inputs.fingerprints, inputs.splits, result, tracker):
+        cards = list(models)
+    for model in cards:
+        write_model_card(model, settings, result, models[model])
         if tracker is not None:
-            tracker.log_artifact(student / "README.md", "student")
-    if lacks_report:
+            tracker.log_artifact(model / "README.md", str(model.relative_to(result.folder)))
+    # The repository has what was there before.
+    pushed = None if cards else result.pushed_to
+    if settings.push_to is not None and pushed != settings.push_to:
+        url = _push(settings, models, result)
+        pushed = settings.push_to
+        if tracker is not None:
+            tracker.set_tags({"pushed_to": url})
+    if cards or pushed != result.pushed_to:
+        result.pushed_to = pushed
+        result.write()
+        if tracker is not None:
+            tracker.log_artifact(Path(result.folder) / "result.json")
+    if settings.report and not _has_report(Path(result.folder)):
         report = write_run_report(settings, result, tracker)
         if tracker is not None:
             tracker.log_artifact(report)
+
+
+def check_delivery(settings: Settings) -> None:
+    """Before training, whether what is asked for can be made afterwards, as far as that is known.
+
+    Raises:
+        ExperimentError: It cannot.
+    """
+    if settings.push_to is not None:
+        check_push(settings.push_to)
+
+
+def _models(settings: Settings, folder: Path) -> dict[Path, str | None]:
+    """The student and what it became on each task where that was kept, with the task's name."""
+    models: dict[Path, str | None] = {folder / "student": None}
+    if settings.recipe.keep_models:
+        models |= {folder / "models" / f"{name}-student": name for name in settings.tasks}
+    return {model: task for model, task in models.items() if model.is_dir()}
+
+
+def _push(settings: Settings, models: dict[Path, str | None], result: Result) -> str:
+    """The model that the run is for, see `Settings.pushes_task_model`."""
+    assert settings.push_to is not None
+    for model, task in models.items():
+        if (task is not None) == settings.pushes_task_model:
+            exports = Path(result.folder) / "exports" / (task or "student")
+            url = push(settings.push_to, model, exports if exports.is_dir() else None)
+            _log.info("pushed to %s (a new repository is private)", url)
+            return url
+    raise ExperimentError(f"push_to={settings.push_to}: {result.folder} has no student")
 
 
 def _has_report(folder: Path) -> bool:

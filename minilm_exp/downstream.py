@@ -126,17 +126,30 @@ def _in_words_of_teacher(
     if not isinstance(settings.tasks[name], TeacherLabels):
         return in_names_of_teacher(name, data, teacher.classifier)
     precision = resolve_precision(settings.training.precision, settings.runtime.device)
-    job = Finetuning(
+    job = job_of(settings, precision, name, data, cell, settings.seed)
+    return label(teacher.classifier, teacher.tokenizer, job)
+
+
+def job_of(
+    settings: Settings,
+    precision: str,
+    name: str,
+    data: TaskData,
+    task_settings: TaskSettings,
+    seed: int,
+) -> Finetuning:
+    """One fine-tuning of a run."""
+    return Finetuning(
         name=name,
         task=settings.tasks[name],
         data=data,
-        settings=cell,
-        seed=settings.seed,
+        settings=task_settings,
+        seed=seed,
         precision=precision,
         runtime=settings.runtime,
         cache=settings.outputs / "cache" / "tasks",
+        checkpoint_steps=settings.task_training.checkpoint_steps,
     )
-    return label(teacher.classifier, teacher.tokenizer, job)
 
 
 @dataclass
@@ -228,17 +241,7 @@ class Scoring:
         return outcome
 
     def _job(self, name: str, data: TaskData, settings: TaskSettings, seed: int) -> Finetuning:
-        return Finetuning(
-            name=name,
-            task=self.settings.tasks[name],
-            data=data,
-            settings=settings,
-            seed=seed,
-            precision=self.precision,
-            runtime=self.settings.runtime,
-            cache=self.settings.outputs / "cache" / "tasks",
-            checkpoint_steps=self.settings.task_training.checkpoint_steps,
-        )
+        return job_of(self.settings, self.precision, name, data, settings, seed)
 
     def _model_folder(self, name: str, role: str) -> Path:
         return self.folder / "models" / f"{name}-{role}"

@@ -17,6 +17,7 @@ from minilm_exp.checks import (
     NO_TOKEN_IDS,
     check_baseline_values,
     check_corpus,
+    check_export,
     check_finetune,
     check_init,
     check_objective,
@@ -122,6 +123,7 @@ def parse(
         check_init(settings)
     if "corpus" not in settings.unread_groups:
         check_corpus(settings)
+    check_export(settings)
     check_tasks(
         settings.tasks,
         settings.task_training,

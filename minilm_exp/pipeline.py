@@ -19,7 +19,7 @@ from minilm_exp import processes
 from minilm_exp.checkpoints import signals_ignored
 from minilm_exp.claims import claim
 from minilm_exp.corpus import PreparedCorpus, fingerprint_corpus, prepare_corpus
-from minilm_exp.delivery import Inputs, deliver
+from minilm_exp.delivery import Inputs, check_delivery, deliver
 from minilm_exp.downstream import Scoring, find_tasks, load_tasks
 from minilm_exp.errors import ExperimentError, reason_of
 from minilm_exp.heads import load_classifier, load_lm_head
@@ -161,6 +161,7 @@ def run_experiment(
                 result.made_by["git_dirty"] = "true"
             # So that a run which goes on from here knows it, whatever ends this one.
             result.write()
+            check_delivery(settings)
             scoring = Scoring(settings, precision, folder, tracker)
             if settings.recipe.name == "finetune":
                 _score_checkpoint(settings, inputs, splits, scoring, result)

@@ -27,9 +27,9 @@ class Result:
             finished.
         stages: Of a recipe with several stages, the validation losses of each.
         untrained: Parameters of the student that no stage reached.
-        candidates: Shapes that were measured for the student's budget, see `budget.table_row`.
-        exports: By export, what was measured of it.
-        pushed_to: Repository of the hub that has the student.
+        exports: By exported model (student, or the task that it was fine-tuned on): threads; of
+            teacher, student and each export a `Measured`; fingerprints of the exports' files.
+        pushed_to: Repository of the hub that has the student as it is now.
         student_fingerprint: Of the saved student's files, which tells when they are damaged.
         grids: By model and task every cell of a search, not only the best.
         candidates: Shapes that a budget chose from, each with what is known of it.

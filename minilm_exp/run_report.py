@@ -14,6 +14,7 @@ from torch import Tensor
 from minilm_exp.disagreement import NUM_EXAMPLES, disagreements
 from minilm_exp.errors import ExperimentError
 from minilm_exp.heat_maps import heat_maps
+from minilm_exp.model_card import export_rows
 from minilm_exp.plots import History, Point, loss_panels, speed_and_quality, svg
 from minilm_exp.report_page import (
     REPORT,
@@ -142,8 +143,10 @@ def _speed(settings: Settings, result: Result) -> list[Block]:
             )
         )
     if result.exports:
-        rows = [{"export": name} | facts for name, facts in result.exports.items()]
-        blocks.append(_table_of(rows, "Exports of the student"))
+        for name, measured in result.exports.items():
+            headings, *rows = export_rows(measured)
+            title = f"Exports: {name}, on a CPU with {measured['threads']} threads"
+            blocks.append(Table(headings, rows, title))
     return blocks
 
 
@@ -162,10 +165,16 @@ def _points(settings: Settings, result: Result) -> list[Point]:
     ]
     if not is_over_teacher:
         points.append(Point(f"baseline {result.baseline}", 1.0, None))
-    for name, facts in result.exports.items():
-        speed, scores = facts.get("speedup"), facts.get("scores")
-        if isinstance(speed, (int, float)) and isinstance(scores, dict) and scores:
-            points.append(Point(name, float(speed), _mean(scores)))
+        return points
+    for measured in result.exports.values():
+        for name, facts in measured["models"].items():
+            scores = {
+                task: metrics[settings.tasks[task].score]
+                for task, metrics in facts["scores"].items()
+            }
+            speed = facts["speedup"].get(str(settings.baseline.batch_size))
+            if name not in _NAMES and speed and [*scores] == scored_tasks(result):
+                points.append(Point(name, speed, _mean(scores)))
     return points
 
 

@@ -21,6 +21,8 @@ ROLES = ("student", "undistilled", "teacher")
 # Settings that change no result, only where, how fast and how often it is computed.
 NEUTRAL = ("runtime", "tracking", "outputs_dir", "data_root", "resume", "rerun", "profile",
            "trial_values", "num_trials", "export", "push_to", "report")  # fmt: skip
+# Copies of a model for use elsewhere, see `export_model`.
+EXPORTS = ("onnx", "onnx_int8", "torch_int8")
 # What a trial of a sweep can return.
 TRIAL_VALUES = ("score", "speedup", "parameters")
 
@@ -350,6 +352,11 @@ class Settings:
         while stage.settings.data == "task" and stage.start is not None:
             stage = stages[stage.start]
         return stage
+
+    @property
+    def pushes_task_model(self) -> bool:
+        """Whether what the run is for is a model of a task, not an encoder."""
+        return self.recipe.name == "finetune" or bool(self.task_stages)
 
     @property
     def outputs(self) -> Path:

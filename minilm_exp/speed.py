@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minilm_exp.settings import max_tokens
@@ -40,7 +42,6 @@ QNLI_LENGTHS = (
 )
 
 
-@torch.inference_mode()
 def measure_speedup(
     baseline: PreTrainedModel,
     model: PreTrainedModel,
@@ -54,19 +55,33 @@ def measure_speedup(
     where a model has too few positions, and any tokens, and both models read each batch in turn, so
     that a change in the machine's speed touches both; whole encoders, float32.
     """
-    models = [one.eval().to(device) for one in (baseline, model)]
+    models = {"baseline": baseline.eval().to(device), "model": model.eval().to(device)}
+    seconds = measure_seconds(models, num_batches, batch_size, device)
+    return speedup(seconds["baseline"], seconds["model"])
+
+
+@torch.inference_mode()
+def measure_seconds(
+    models: Mapping[str, nn.Module], num_batches: int, batch_size: int, device: str
+) -> dict[str, list[float]]:
+    """Forward time of each batch, of models that read each in turn, see `measure_speedup`."""
     draw = numpy.random.default_rng(0)
-    longest = min(
-        max_tokens(one.config.model_type, one.config.max_position_embeddings) for one in models
-    )
-    vocab_size = min(one.config.vocab_size for one in models)
-    ratios = []
+    configs: list[Any] = [one.config for one in models.values()]
+    longest = min(max_tokens(one.model_type, one.max_position_embeddings) for one in configs)
+    vocab_size = min(one.vocab_size for one in configs)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
     for round_number in range(_WARMUP_ROUNDS + num_batches):
         batch = draw_batch(draw, batch_size, vocab_size, longest, device)
-        seconds = [seconds_of(one, batch) for one in models]
-        if round_number >= _WARMUP_ROUNDS:
-            ratios.append(seconds[0] / seconds[1])
-    return statistics.median(ratios)
+        for name, one in models.items():
+            taken = seconds_of(one, batch)
+            if round_number >= _WARMUP_ROUNDS:
+                seconds[name].append(taken)
+    return seconds
+
+
+def speedup(baseline_seconds: list[float], seconds: list[float]) -> float:
+    """Median over batches of the baseline's forward time divided by a model's."""
+    return statistics.median(one / other for one, other in zip(baseline_seconds, seconds))
 
 
 def draw_batch(
@@ -91,12 +106,12 @@ def draw_batch(
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def seconds_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> float:
+def seconds_of(model: nn.Module, batch: dict[str, Tensor]) -> float:
     """Wall-clock time of a forward pass."""
-    if model.device.type == "cuda":
+    if batch["input_ids"].device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
     model(**batch)
-    if model.device.type == "cuda":
+    if batch["input_ids"].device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start

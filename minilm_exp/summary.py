@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
+from minilm_exp.model_card import export_rows
 from minilm_exp.report_page import REPORT
 from minilm_exp.result import Result
 from minilm_exp.result_table import ROLES, model_rows, scored_tasks, search_rows
@@ -24,6 +26,8 @@ def print_summary(settings: Settings, result: Result) -> None:
             console.print(f"\nsearch: {role} on {task}")
             headings, rows = search_rows(settings.tasks[task].selected_by, cells)
             console.print(_table(headings, rows, first="right"))
+    for name, measured in result.exports.items():
+        _print_exports(name, measured)
     if any(result.spreads.values()):
         console.print(f"mean ± standard deviation over {result.num_seeds} fine-tuning seeds")
     if not result.meaningful:
@@ -38,6 +42,19 @@ def print_summary(settings: Settings, result: Result) -> None:
             f"compare     mlflow ui --host 127.0.0.1 --backend-store-uri {settings.tracking.uri}",
             soft_wrap=True,
         )
+
+
+def _print_exports(name: str, measured: dict[str, Any]) -> None:
+    header, *rows = export_rows(measured)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column(header[0])
+    for heading in header[1:]:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=max(Console().width, 120 + 16 * len(header)), markup=False)
+    console.print(f"\nexports: {name}, on a CPU with {measured['threads']} threads")
+    console.print(table)
 
 
 def _table(headings: list[str], rows: list[list[str]], first: JustifyMethod = "left") -> Table:

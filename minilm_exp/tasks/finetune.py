@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -380,6 +380,23 @@ def with_head(
     return model
 
 
+def score_finetuned(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, job: Finetuning
+) -> dict[str, float]:
+    """Metrics on the validation examples of a model that is not trained any more.
+
+    Args:
+        model: Fine-tuned on the task, on any device; or what is called like one.
+        tokenizer: Its tokenizer.
+        job: The task and its data.
+
+    Raises:
+        ExperimentError: Logits are not finite, or a metric is not defined.
+    """
+    parts = _parts(job, job.data.validation, tokenizer)
+    return _evaluate(job, model, tokenizer, parts, job.name)[0]
+
+
 def load_finetuned(folder: Path, kind: str) -> PreTrainedModel:
     """A fine-tuned model as `finetune` saved it, with its head; of generation see `Writer`.
 
@@ -427,7 +444,7 @@ def _parts(
 
 def _evaluate(
     job: Finetuning,
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerFast,
     parts: dict[str, _Part],
     title: str,
@@ -487,10 +504,11 @@ def _predictions(job: Finetuning, part: _Part, logits: list[numpy.ndarray]) -> l
 
 @torch.inference_mode()
 def outputs_of(
-    model: PreTrainedModel, encoded: Dataset, tokenizer: PreTrainedTokenizerFast, precision: str
+    model: nn.Module, encoded: Dataset, tokenizer: PreTrainedTokenizerFast, precision: str
 ) -> Iterator[tuple[list[int], Any, Tensor]]:
     """The model's output for rows of like length, with their numbers and their attention mask."""
     was_training = model.training
+    device = cast(PreTrainedModel, model).device
     model.eval()
     collate = DataCollatorWithPadding(tokenizer)
     names = [name for name in tokenizer.model_input_names if name in encoded.column_names]
@@ -498,15 +516,15 @@ def outputs_of(
     for rows in batches_of_like_length(encoded["length"][:]):
         fetched = inputs[rows]
         batch = collate([{name: fetched[name][i] for name in names} for i in range(len(rows))])
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             output = model(**batch)
         yield rows, output, batch["attention_mask"]
     model.train(was_training)
 
 
 def predict(
-    model: PreTrainedModel, encoded: Dataset, tokenizer: PreTrainedTokenizerFast, precision: str
+    model: nn.Module, encoded: Dataset, tokenizer: PreTrainedTokenizerFast, precision: str
 ) -> list[numpy.ndarray]:
     """Logits of each row, in the order of the rows.
 

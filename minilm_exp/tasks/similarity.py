@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.task_settings import Task
@@ -19,7 +19,7 @@ from minilm_exp.terms import pool
 
 
 def score_similarity(
-    encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, job: Finetuning
+    encoder: nn.Module, tokenizer: PreTrainedTokenizerFast, job: Finetuning
 ) -> Scored:
     """Cosine similarities of the pooled last hidden states of both texts, beside the labels.
 
@@ -27,7 +27,7 @@ def score_similarity(
     over real tokens, special ones included, as sentence-transformers does it.
 
     Args:
-        encoder: Any encoder without a task head.
+        encoder: Any encoder without a task head, or what is called like one.
         tokenizer: Its tokenizer.
         job: The task and its data.
 
@@ -58,7 +58,7 @@ def score_similarity(
 
 @torch.inference_mode()
 def _embeddings(
-    encoder: PreTrainedModel,
+    encoder: nn.Module,
     tokenizer: PreTrainedTokenizerFast,
     job: Finetuning,
     examples: Examples,
@@ -73,8 +73,8 @@ def _embeddings(
         Examples(rows, f"{examples.fingerprint} {column}"),
         job.task.kind, False, tokenizer, job.settings, job.cache,
     )  # fmt: skip
-    nn.Module.to(encoder, job.runtime.device)
-    pooled = torch.empty(len(encoded), encoder.config.hidden_size)
+    encoder.to(job.runtime.device)
+    pooled = torch.empty(len(encoded), cast(Any, encoder).config.hidden_size)
     for indices, output, attention_mask in outputs_of(encoder, encoded, tokenizer, job.precision):
         states = output.last_hidden_state.float()
         pooled[indices] = pool(states, attention_mask, job.task.pooling).cpu()
