@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minilm_exp.errors import ExperimentError, reason_of
 from minilm_exp.exported import GRAPHS, load_exported
-from minilm_exp.sentence_modules import Pooling, embed
+from minilm_exp.sentence_modules import Pooling
+from minilm_exp.terms import embed
 
 # Outputs, in this order, of whichever of them a model has.
 _OUTPUTS = ("last_hidden_state", "logits", "start_logits", "end_logits")

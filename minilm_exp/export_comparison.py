@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from minilm_exp.corpus import Blocks
 from minilm_exp.exported import Exported
-from minilm_exp.sentence_modules import Pooling, embed
+from minilm_exp.sentence_modules import Pooling
 from minilm_exp.speed import measure_seconds, speedup
 from minilm_exp.tasks.encode import encode
 from minilm_exp.tasks.finetune import Finetuning, outputs_of
+from minilm_exp.terms import embed
 
 # Texts that outputs are compared on, and how long they are in turn.
 _NUM_TEXTS = 64

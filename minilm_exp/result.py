@@ -58,7 +58,6 @@ class Result:
     made_by: dict[str, str] = field(default_factory=dict)
     replaces: list[str] = field(default_factory=list)
     untrained: list[str] = field(default_factory=list)
-    candidates: list[dict[str, Any]] = field(default_factory=list)
     exports: dict[str, dict[str, Any]] = field(default_factory=dict)
     candidates: list[dict[str, Any]] = field(default_factory=list)
     asked: dict[str, Any] = field(default_factory=dict)

@@ -224,7 +224,7 @@ class _Exporting:
         if settings.teacher.head == "own" and settings.tasks:
             classifier = load_classifier(settings.teacher)
             tokenizer = load_tokenizer(settings.teacher)
-            teacher = Model(classifier.base_model, tokenizer, classifier=classifier)
+            teacher = Model(classifier, tokenizer, classifier=classifier)
         jobs = {}
         for name, data in load_tasks(settings, self.splits, documents, teacher).items():
             # A search varies nothing that scoring reads.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minilm_exp.errors import ExperimentError
 from minilm_exp.relations import Pair, relation_losses
+from minilm_exp.sentence_modules import Pooling
 from minilm_exp.states import State
 
 States = Mapping[State, Tensor]
@@ -287,6 +288,12 @@ def pool(state: Tensor, attention_mask: Tensor, name: str) -> Tensor:
     """One vector for each sequence (B, D) from (B, S, D): its `mean`, or its `first_token`."""
     is_real_BS = is_real(attention_mask, state)
     return _TRANSFORMS[name](_without_padding(state, is_real_BS), is_real_BS)
+
+
+def embed(state: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
+    """Sentence embeddings (B, D) of last hidden states (B, S, D), as a sentence encoder has them."""
+    embeddings = pool(state, attention_mask, pooling.name)
+    return nn.functional.normalize(embeddings, dim=-1) if pooling.normalises else embeddings
 
 
 def _kl(teacher: Tensor, student: Tensor) -> Tensor:
