@@ -291,7 +291,7 @@ def pool(state: Tensor, attention_mask: Tensor, name: str) -> Tensor:
 
 
 def embed(state: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
-    """Sentence embeddings (B, D) of last hidden states (B, S, D), as a sentence encoder has them."""
+    """Sentence embeddings (B, D) of last hidden states (B, S, D), as the pooling makes them."""
     embeddings = pool(state, attention_mask, pooling.name)
     return nn.functional.normalize(embeddings, dim=-1) if pooling.normalises else embeddings
 
