@@ -24,7 +24,7 @@ from minilm_exp.errors import ExperimentError
 from minilm_exp.export import ExportGraph, export_model
 from minilm_exp.exported import load_exported
 from minilm_exp.pipeline import run_experiment
-from minilm_exp.sentence_pooling import Pooling, read_pooling
+from minilm_exp.sentence_modules import Pooling, read_pooling
 
 TEXTS = ["the model", "a student of the teacher, and of another one", "x"]
 MORE = {
