@@ -160,7 +160,8 @@ def _columns(task, sentence, number=24):
     if task["kind"] == "generation":
         return texts | {task["target_column"]: [sentence() for _ in range(number)]}
     if task["kind"] == "classification":
-        return texts | {task["label_column"]: [n % task["num_labels"] for n in range(number)]}
+        # Of eight at even distances none lacks a class.
+        return texts | {task["label_column"]: [n // 3 % task["num_labels"] for n in range(number)]}
     return texts | {task["label_column"]: [float(n % 6) for n in range(number)]}
 
 
@@ -489,7 +490,8 @@ def smaller(arguments, folder):
     if settings.data_root is None:
         more["data_root"] = "data"
     if settings.corpus.datasets:
-        more |= {"corpus.datasets": "[]", "corpus.files": "[my/*.txt]"}
+        local = {"corpus.datasets": "[]", "corpus.files": "[my/*.txt]"}
+        more |= local | {"corpus.held_out_fraction": 0.3}
     if settings.teacher.hub_id is not None and settings.teacher.path is None:
         more |= {
             "teacher.weights": "random", "teacher.hidden_size": 192,
