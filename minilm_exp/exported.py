@@ -19,7 +19,12 @@ def load_exported(folder: Path, config: PreTrainedConfig) -> Exported:
     """The model of an export's folder, on the CPU with as many threads as torch has."""
     if (folder / "model.pt").is_file():
         return _Traced(folder / "model.pt", config)
-    return _Session(folder / "model.onnx", config)
+    return load_session(folder / "model.onnx", config)
+
+
+def load_session(file: Path, config: PreTrainedConfig) -> Exported:
+    """An ONNX file, by onnxruntime."""
+    return _Session(file, config)
 
 
 class Exported(nn.Module):
