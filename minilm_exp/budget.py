@@ -210,12 +210,19 @@ def ranked(candidates: list[Candidate], budget: Budget) -> list[Candidate]:
         for name in TARGETS
         if getattr(budget, name) is not None
     )
+    params = num_params(budget.params) or math.inf
+    hint = ""
+    if min(one.parameters - one.transformer for one in candidates) > params / 2:
+        hint = (
+            "; most of the parameters are embeddings, of which"
+            " student.vocabulary=prune_to_corpus keeps those that the corpus needs"
+        )
     raise ExperimentError(
         f"{asked}: none of the {len(candidates)} shapes that were measured meets it; the nearest is"
         f" {nearest.shape.name} with x{nearest.speedup:.2f},"
         f" {nearest.parameters / 1e6:.3g}M parameters and {nearest.milliseconds:.3g} ms a batch:"
         " ask for less, or let smaller ones be tried with student.budget.num_layers and"
-        " .hidden_sizes"
+        f" .hidden_sizes{hint}"
     )
 
 

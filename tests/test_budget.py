@@ -130,6 +130,16 @@ def test_nearest_is_named_where_none_meets_it(budget, words):
     assert all(word in str(raised.value) for word in words), raised.value
 
 
+def test_pruning_is_named_where_embeddings_are_too_many():
+    """A multilingual teacher whose smallest student is too large, and no way out."""
+    large = candidate(1, 384, 9.0, 1_000_000, 97_000_000)
+    with pytest.raises(ExperimentError, match="vocabulary=prune_to_corpus"):
+        ranked([large], Budget(params="20M"))
+    with pytest.raises(ExperimentError) as raised:
+        ranked([candidate(1, 384, 9.0, 20_000_000, 22_000_000)], Budget(params="20M"))
+    assert "prune_to_corpus" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [("20M", 20e6), ("1.5m", 1.5e6), ("500k", 5e5), ("0.1B", 1e8), (7_000_000, 7e6), (None, None)],

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import (
@@ -14,9 +15,10 @@ from transformers import (
 )
 
 from minilm_exp.errors import ExperimentError
+from minilm_exp.hub import hub_commit
 from minilm_exp.pipeline import run_experiment
 from minilm_exp.sentence_modules import Pooling, keep_modules, read_pooling
-from minilm_exp.teacher_facts import kind_of, pooling_of
+from minilm_exp.teacher_facts import kind_of, modules_folder, pooling_of
 from tests.running import assert_told_simply, results, run
 
 pytestmark = pytest.mark.usefixtures("quick_collection")
@@ -276,3 +278,18 @@ def test_encoder_without_a_head_is_told(settings_of):
     settings = settings_of(None, "task=teacher_labels", "teacher.head=own", "recipe=task_specific")
     with pytest.raises(ExperimentError, match="no head of sequence classification"):
         run_experiment(settings)
+
+
+def test_modules_come_from_the_hub_too(sentence_encoder, tmp_path, monkeypatch):
+    """A sentence encoder that is one only where somebody downloaded it by hand."""
+    cache, commit = tmp_path / "cache", "a" * 40
+    folder = cache / "models--org--encoder"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    shutil.copytree(sentence_encoder, folder / "snapshots" / commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    hub_commit.cache_clear()
+    assert modules_folder("org/encoder", None) == folder / "snapshots" / commit
+    assert pooling_of("org/encoder", None) == "mean"
+    assert modules_folder("org/other", None) is None
+    hub_commit.cache_clear()
