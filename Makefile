@@ -45,7 +45,7 @@ report: $(STAMP) ## write the report of a sweep or a run folder again: NAME=rela
 test: $(STAMP) ## run the tests (15 to 25 minutes on 2 cores, no network)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-docs: $(STAMP) ## run every command of the documents, with fewer steps (TIME)
+test-docs: $(STAMP) ## run every command of the documents, with few steps (30 minutes on a busy machine)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_docs.py -m slow
 
 # other cases each time, 20 times as many as `make test` has; TIMES=100 draws more

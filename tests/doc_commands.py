@@ -68,6 +68,7 @@ ELSEWHERE = {
 NOT_RUN = {
     "tracking.studies=": "needs Postgres and a server; tests/test_launchers.py, test_claims.py",
     "hydra/launcher=submitit_slurm": "needs Slurm; tests/test_launchers.py reads its script",
+    "-sc install=": "needs a shell of the reader's; tests/test_docs.py drives what it installs",
     "torchrun": "needs as many GPUs; tests/test_processes.py runs two processes",
 }
 

@@ -414,8 +414,6 @@ def test_architecture_is_added_as_extending_says(tmp_path, monkeypatch):
 def test_run_ends_well(command, folder, compose_config, writer):
     """A command that composes and then fails on what it reads, trains or writes."""
     arguments = arguments_of(command)
-    if command.program == "eval" or "-sc" in arguments:
-        pytest.skip("tests/test_docs.py drives it above")
     done = run(folder / "outputs", *arguments, *smaller(arguments, folder), cwd=folder)
     assert done.status == 0, done.both[-3000:]
     assert "Traceback" not in done.both
