@@ -28,10 +28,11 @@ from minilm_exp.objective_settings import StateTerm
 from minilm_exp.parsing import fitting_heads, parse
 from minilm_exp.provenance import device_name, fingerprint_text, versions
 from minilm_exp.result import write_json
-from minilm_exp.settings import Budget, Settings, max_tokens
+from minilm_exp.settings import Budget, Settings, Teacher, max_tokens
 from minilm_exp.speed import draw_batch, seconds_of
 from minilm_exp.student import build_student, count_parameters
-from minilm_exp.teacher import load_encoder, load_tokenizer
+from minilm_exp.teacher import load_encoder, load_tokenizer, source_of
+from minilm_exp.teacher_facts import read_config
 from minilm_exp.vocabulary import count_tokens, prune_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -198,12 +199,8 @@ def _measured(settings: Settings, candidates: list[Shape]) -> list[Candidate]:
     budget = settings.student.budget
     threads = budget.threads or settings.runtime.num_threads or torch.get_num_threads()
     num_tokens = _num_tokens(settings)
-    teacher = load_encoder(settings.teacher)
-    facts = teacher.config.to_dict()
-    for name in ("_name_or_path", "transformers_version", "architectures"):
-        facts.pop(name, None)
     hangs_on = [
-        facts,
+        _facts(settings.teacher),
         [asdict(shape) for shape in candidates],
         _batch_form(settings),
         num_tokens,
@@ -224,9 +221,19 @@ def _measured(settings: Settings, candidates: list[Shape]) -> list[Candidate]:
                 file,
             )
             return stored
+        teacher = load_encoder(settings.teacher)
         measured = _measure(settings, teacher, candidates, num_tokens, threads)
         write_json(file, [asdict(candidate) for candidate in measured])
     return measured
+
+
+def _facts(teacher: Teacher) -> dict[str, Any]:
+    """All that shapes it; its weights make no difference to its speed."""
+    if teacher.weights == "random":
+        return asdict(teacher) | {"name": None}
+    source, revision = source_of(teacher)
+    config = read_config(str(source), revision)
+    return {name: value for name, value in config.items() if name != "_name_or_path"}
 
 
 def _read(file: Path) -> list[Candidate] | None:
