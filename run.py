@@ -390,6 +390,7 @@ class _RedactedStream:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self.is_line_open = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -397,6 +398,8 @@ class _RedactedStream:
     def write(self, text: str) -> int:
         if text.startswith("Error executing job with overrides: "):
             return 0  # Hydra's, before the message that says what is wrong
+        # A bar that was cut off leaves the line open.
+        self.is_line_open = not text.endswith("\n") if text else self.is_line_open
         return int(self._stream.write(redact(text)))
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -454,7 +457,8 @@ def main() -> None:
         if not _failed_jobs:
             where = f" in process {_process()}" if _process() > 0 else ""
             if is_own:
-                print(f"error{where}: {reason}", file=own_stderr)
+                start = "\n" if getattr(own_stderr, "is_line_open", False) else ""
+                print(f"{start}error{where}: {reason}", file=own_stderr)
             sys.exit(1)
     finally:
         for folder in _sweep_folders:

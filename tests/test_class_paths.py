@@ -126,7 +126,9 @@ def test_code_in_a_config_is_refused(path, value, composed):
 
 
 def run_in(folder, *overrides):
-    return run(f"{folder}/o", "experiment=smoke", *overrides, cwd=folder)
+    is_chosen = any(override.startswith("experiment=") for override in overrides)
+    small = [] if is_chosen else ["experiment=smoke"]
+    return run(f"{folder}/o", *small, *overrides, cwd=folder)
 
 
 HOSTILE_FILES = {

@@ -64,18 +64,17 @@ WORDS = strategies.one_of(
     ),
 )  # fmt: skip
 PLAIN = strategies.one_of(strategies.none(), strategies.booleans(), NUMBERS, WORDS)
-JUNK = strategies.recursive(
-    PLAIN,
-    lambda inner: strategies.one_of(
-        strategies.lists(inner, max_size=3),
-        strategies.dictionaries(
-            strategies.one_of(strategies.text(string.ascii_letters + "_.-", max_size=8), WORDS),
-            inner,
-            max_size=3,
-        ),
-    ),
-    max_leaves=5,
-)
+KEYS = strategies.one_of(strategies.text(string.ascii_letters + "_.-", max_size=8), WORDS)
+
+
+def nested(inner):
+    """The values themselves, and lists and dictionaries of them."""
+    lists = strategies.lists(inner, max_size=3)
+    return strategies.one_of(inner, lists, strategies.dictionaries(KEYS, inner, max_size=3))
+
+
+# Not strategies.recursive, which draws one case in two ways once in a while.
+JUNK = nested(nested(PLAIN))
 BASES = [
     ("experiment=smoke",),
     ("experiment=smoke", "recipe=teacher_assistant"),

@@ -19,6 +19,10 @@ NO_RESULT_DEPENDS_ON = {
     "rerun",
     "trial_values",
     "num_trials",
+    "export",
+    "push_to",
+    "report",
+    "candidates",
     "profile",
     "notes",
     "training.logging_steps",
@@ -51,6 +55,9 @@ def is_neutral(name):
     if group == "tasks" and rest[1] == "target_column" and rest[0] != "xsum":
         return True
     if name.startswith(("task_training.families.cnn_", "task_training.families.squad_qg")):
+        return True
+    # The shape that a budget chose counts, and the pooling where it is read.
+    if name == "teacher.pooling" or name.startswith("student.budget."):
         return True
     return group in ("runtime", "tracking") or name in NO_RESULT_DEPENDS_ON | INPUTS
 

@@ -524,16 +524,18 @@ def test_measured_exports_and_candidates_are_shown(whole, tmp_path):
     """Figures of exports that nobody sees, or that are needed for a report."""
     settings, result = whole
     copied = read_result(shutil.copytree(result.folder, tmp_path / "run"))
-    copied.exports = {
-        "onnx": {"milliseconds": 3.25, "speedup": 4.5, "scores": {"text_classification": 0.5}},
-        "onnx_int8": {"megabytes": 7, "max_difference": None},
+    both = {"milliseconds": {"1": 3.25, "16": 31.5}, "speedup": {"1": 4.5, "16": 4.0}}
+    rest = {"differences": {"logits": 0.25}, "scores": {"text_classification": {"accuracy": 0.5}}}
+    models = {
+        name: {"megabytes": 7.0} | both | rest for name in ("teacher", "student", "onnx_int8")
     }
+    copied.exports = {"text_classification": {"threads": 2, "models": models}}
     copied.candidates = [
         {"num_layers": 2, "parameters": 1234567, "meets_budget": True, "chosen": False},
         {"num_layers": 3, "speedup": 1.5, "meets_budget": False, "chosen": True},
     ]
     sections = read(write_run_report(settings, copied, None)).sections
-    for words in ("onnx_int8", "3.25", "milliseconds"):
+    for words in ("onnx_int8", "3.25", "x4.50", "0.25 (logits)", "2 threads"):
         assert words in sections["Speed and quality"]
     for words in ("1,234,567", "meets budget", "yes"):
         assert words in sections["Result"]
