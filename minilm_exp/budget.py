@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,8 +64,11 @@ class Candidate:
 
 def has_budget(config: Any) -> bool:
     """Whether a composed config leaves the student's shape to a budget."""
-    budget = config.student.get("budget") or {}
-    return any(budget.get(name) is not None for name in TARGETS)
+    student = config.get("student")
+    budget = student.get("budget") if isinstance(student, Mapping) else None
+    # What is no group is refused when the settings are read.
+    is_group = isinstance(budget, Mapping)
+    return is_group and any(budget.get(name) is not None for name in TARGETS)
 
 
 def num_params(value: Any) -> float | None:
@@ -220,7 +224,7 @@ def ranked(candidates: list[Candidate], budget: Budget) -> list[Candidate]:
     raise ExperimentError(
         f"{asked}: none of the {len(candidates)} shapes that were measured meets it; the nearest is"
         f" {nearest.shape.name} with x{nearest.speedup:.2f},"
-        f" {nearest.parameters / 1e6:.3g}M parameters and {nearest.milliseconds:.3g} ms a batch:"
+        f" {nearest.parameters / 1e6:.3g}M parameters and {nearest.milliseconds:.2f} ms a batch:"
         " ask for less, or let smaller ones be tried with student.budget.num_layers and"
         f" .hidden_sizes{hint}"
     )

@@ -185,7 +185,8 @@ def check_export(settings: Settings) -> None:
 
 # Above these a slip of the pen would end in an overflow, or in a loop that does not end.
 _HIGHEST = {"student.num_layers": 10_000, "teacher.num_layers": 10_000, "runtime.num_threads": 4096,
-            "runtime.num_workers": 4096, "task_training.num_seeds": 10_000}  # fmt: skip
+            "runtime.num_workers": 4096, "student.budget.threads": 4096,
+            "task_training.num_seeds": 10_000}  # fmt: skip
 
 
 def _check_magnitudes(settings: Settings) -> None:

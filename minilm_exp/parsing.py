@@ -72,6 +72,12 @@ def parse(
         )
     config.outputs_dir = os.path.abspath(os.path.expanduser(str(config.outputs_dir)))
     student_facts = _complete_student(config)
+    budget = config.student.get("budget")
+    if budget is not None and not isinstance(budget, DictConfig):
+        raise ExperimentError(
+            f"student.budget={budget!r:.100} is no group of settings: student.budget.speedup=4,"
+            " .params=20M or .latency_ms=5"
+        )
     is_open = config.student.get("num_layers", 0) is None
     if is_open and not OmegaConf.is_interpolation(config.student, "num_layers"):
         raise ExperimentError(
@@ -465,7 +471,7 @@ def _explain(error: Exception) -> str:
         return f"{key} has no value and has no default: add {key}=VALUE"
     if "not in" in message and "Key" in message:
         return f"there is no setting {key}: it is misspelt, or belongs elsewhere"
-    if "ListConfig" in message:
+    if "is not a ListConfig" in message:
         return f"{key} takes a list: {key}=[...]"
     return f"{key}: {message}" if key else message
 

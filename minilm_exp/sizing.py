@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 _LATENCY_BATCH, _LATENCY_LENGTH = 1, 128
 # Rounds in which every model reads the same batch: as many as fit in a minute, of these numbers.
 _FEWEST_ROUNDS, _MOST_ROUNDS, _SECONDS = 5, 21, 60.0
+_MOST_TOKENS = 2**20
 _SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 
 
@@ -272,7 +273,13 @@ def _batch_form(settings: Settings) -> tuple[int, int | None]:
                 f"student.budget.sequence_length={length} is above the teacher's {most} positions"
             )
         length = most
-    return batch_size or settings.baseline.batch_size, length
+    batch_size = batch_size or settings.baseline.batch_size
+    if batch_size * (length or most) > _MOST_TOKENS:
+        raise ExperimentError(
+            f"student.budget.batch_size={batch_size} with sequences of {length or most} tokens: a"
+            f" batch of more than {_MOST_TOKENS} tokens is not timed"
+        )
+    return batch_size, length
 
 
 @torch.inference_mode()

@@ -119,7 +119,7 @@ def test_largest_that_meets_all_is_chosen(budget, chosen):
     [
         (Budget(speedup=50.0), ["speedup=50.0", "4 shapes", "6 x 384", "x5.20"]),
         (Budget(params="1M"), ["params=1M", "6 x 384", "22M"]),
-        (Budget(latency_ms=0.5), ["latency_ms=0.5", "6 x 384", "7 ms"]),
+        (Budget(latency_ms=0.5), ["latency_ms=0.5", "6 x 384", "7.00 ms"]),
         (Budget(speedup=3.0, params="30k"), ["speedup=3.0", "params=30k"]),
     ],
 )

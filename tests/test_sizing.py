@@ -171,6 +171,9 @@ def test_wide_alternative_is_named(config_for, clock):
         (["student.budget.params=20X"], set(), "no number of parameters"),
         (["student.budget.latency_ms=1", "student.budget.sequence_length=65"], set(), "64"),
         (["student.budget.speedup=1000000"], set(), "none of the"),
+        (["student.budget.speedup=2", "student.budget.batch_size=99999"], set(), "is not timed"),
+        (["student.budget.speedup=2", "student.budget.threads=9999"], set(), "must not be above"),
+        (["student.budget.speedup=[2]"], set(), "speedup.*Float"),
     ],
 )
 def test_what_does_not_fit_is_refused(config_for, clock, overrides, typed, words):
