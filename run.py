@@ -84,8 +84,8 @@ def _compose_data(loader: ConfigLoaderImpl, *arguments: Any, **named: Any) -> Di
 
 def _recipe_of_kind(overrides: list[str]) -> list[str]:
     """What experiment=compress adds, by what the teacher is; nothing that is given by itself."""
-    if "experiment=compress" not in overrides:
-        return []
+    if not any("experiment=" in override and "compress" in override for override in overrides):
+        return []  # most calls need not read them
     from minilm_exp.teacher_facts import kind_of
 
     given = {}
@@ -94,12 +94,14 @@ def _recipe_of_kind(overrides: list[str]) -> list[str]:
             is_single = not override.is_sweep_override()
             given[override.key_or_group] = override.value() if is_single else None
     path, revision = given.get("teacher.path"), given.get("teacher.revision")
-    if not isinstance(path, str) or "recipe" in given:
+    if given.get("experiment") != "compress" or not isinstance(path, str) or "recipe" in given:
         return []
     try:
         kind = kind_of(path, revision if isinstance(revision, str) else None)
     except ExperimentError:
         return []  # it is told when the settings are read
+    if kind == "classifier" and given.get("teacher.head") == "new":
+        return []
     return [one for one in OF_KIND[kind] if one.split("=")[0] not in given]
 
 
@@ -171,10 +173,10 @@ def _run(
     chosen = hydra_config.runtime.choices
     typed = {override.split("=")[0].lstrip("+~") for override in hydra_config.overrides.task}
     teacher_was_chosen = chosen.get("teacher") != "minilm_l6" or "teacher" in typed
-    settings = _parse(config, teacher_was_chosen, typed)
-    if settings.runtime.num_threads is None:
+    if OmegaConf.select(config, "runtime.num_threads", default=0) is None:
         # Of submitit's launchers; joblib tells its processes by itself.
-        settings.runtime.num_threads = hydra_config.launcher.get("cpus_per_task")
+        config.runtime.num_threads = hydra_config.launcher.get("cpus_per_task")
+    settings = _parse(config, teacher_was_chosen, typed)
     _quiet_libraries()
     from minilm_exp.pipeline import run_experiment
     from minilm_exp.result import Result

@@ -67,8 +67,9 @@ def has_budget(config: Any) -> bool:
     student = config.get("student")
     budget = student.get("budget") if isinstance(student, Mapping) else None
     # What is no group is refused when the settings are read.
-    is_group = isinstance(budget, Mapping)
-    return is_group and any(budget.get(name) is not None for name in TARGETS)
+    if not isinstance(budget, Mapping):
+        return False
+    return any(budget.get(name) is not None for name in TARGETS)
 
 
 def num_params(value: Any) -> float | None:

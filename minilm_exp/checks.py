@@ -98,6 +98,11 @@ def check_own_head(settings: Settings) -> None:
             " teacher.head=new"
         )
     classes = ("classification", "regression")
+    if "teacher" in settings.unread_groups:
+        raise ExperimentError(
+            f"teacher.head=own makes no difference with recipe={settings.recipe.name} and"
+            f" recipe.models={settings.recipe.models}: leave it out"
+        )
     others = [name for name, task in settings.tasks.items() if task.kind not in classes]
     if others or not settings.tasks or "next_passage" in settings.tasks:
         raise ExperimentError(

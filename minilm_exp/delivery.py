@@ -10,9 +10,10 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from minilm_exp.errors import ExperimentError
+from minilm_exp.errors import ExperimentError, reason_of
 from minilm_exp.model_card import is_card_of, write_model_card
 from minilm_exp.pushing import check_push, push
+from minilm_exp.redaction import redact
 from minilm_exp.report_page import REPORT
 from minilm_exp.result import Result
 from minilm_exp.run_exports import make_exports
@@ -50,35 +51,56 @@ def deliver(settings: Settings, inputs: Inputs, result: Result) -> None:
     Raises:
         ExperimentError: Something of it cannot be made; the run stays finished.
     """
-    if settings.push_to is not None:
-        check_push(settings.push_to)  # before what takes longer
     models = _models(settings, Path(result.folder))
-    cards = [model for model in models if not is_card_of(model, result)]
-    if not (cards or settings.export or settings.push_to or settings.report):
+    lacks_card = not all(is_card_of(model, result) for model in models)
+    lacks_report = settings.report and not _has_report(Path(result.folder))
+    if not (lacks_card or lacks_report or settings.export or settings.push_to):
         return
     tracker = open_run(settings.tracking.uri, result)
-    if make_exports(settings, inputs.fingerprints, inputs.splits, result, tracker):
-        cards = list(models)
+    failed = None
+    try:
+        make_exports(settings, inputs.fingerprints, inputs.splits, result, tracker)
+    except ExperimentError as error:
+        failed = error  # what can be had without them comes first
+    cards = [model for model in models if not is_card_of(model, result)]
     for model in cards:
         write_model_card(model, settings, result, models[model])
         if tracker is not None:
             tracker.log_artifact(model / "README.md", str(model.relative_to(result.folder)))
-    # The repository has what was there before.
-    pushed = None if cards else result.pushed_to
-    if settings.push_to is not None and pushed != settings.push_to:
-        url = _push(settings, models, result)
-        pushed = settings.push_to
-        if tracker is not None:
-            tracker.set_tags({"pushed_to": url})
-    if cards or pushed != result.pushed_to:
-        result.pushed_to = pushed
+    if cards:
+        # The repository has what was there before.
+        result.pushed_to = None
         result.write()
         if tracker is not None:
             tracker.log_artifact(Path(result.folder) / "result.json")
     if settings.report and not _has_report(Path(result.folder)):
-        report = write_run_report(settings, result, tracker)
-        if tracker is not None:
-            tracker.log_artifact(report)
+        try:
+            report = write_run_report(settings, result, tracker)
+            if tracker is not None:
+                tracker.log_artifact(report)
+        except Exception as error:  # nobody asked for it by name
+            _log.warning("there is no report: %s", redact(reason_of(error)))
+    if failed is not None:
+        raise failed
+    if settings.push_to not in (None, result.pushed_to):
+        _publish(settings, models, result, tracker)
+
+
+def _publish(
+    settings: Settings, models: dict[Path, str | None], result: Result, tracker: Tracker | None
+) -> None:
+    assert settings.push_to is not None
+    check_push(settings.push_to)
+    url = _push(settings, models, result)
+    report = Path(result.folder) / REPORT
+    was_new = settings.report and _has_report(Path(result.folder))
+    result.pushed_to = settings.push_to
+    result.write()
+    if was_new:
+        report.touch()  # it does not say where the student was pushed
+    if tracker is not None:
+        tracker.set_tags({"pushed_to": url})
+        tracker.log_artifact(Path(result.folder) / "result.json")
 
 
 def check_delivery(settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from minilm_exp.objective_settings import (
     RelationTerm,
     StateTerm,
 )
+from minilm_exp.provenance import fingerprint_text
 from minilm_exp.redaction import redact, redact_all
 from minilm_exp.result import Result
-from minilm_exp.settings import NEUTRAL, Settings, as_dict
+from minilm_exp.settings import NEUTRAL, Corpus, Settings, as_dict
+from minilm_exp.task_settings import TeacherLabels
 from minilm_exp.teacher_facts import is_there
 
 
@@ -53,16 +56,24 @@ def write_model_card(folder: Path, settings: Settings, result: Result, task: str
         "## Config",
         _fenced(_config(settings), "yaml"),
     ]
+    parts += [_mark(result)] if result.exports else []
     text = "\n\n".join(part.strip("\n") for part in parts if part)
     (folder / "README.md").write_text(f"---\n{front}---\n\n{redact(text)}\n", encoding="utf-8")
 
 
 def is_card_of(folder: Path, result: Result) -> bool:
-    """Whether a model card lies there, and is of this run."""
+    """Whether a model card lies there, of this run and with its exports."""
     try:
-        return f"run key: {result.run_key}" in (folder / "README.md").read_text("utf-8")
+        text = (folder / "README.md").read_text("utf-8")
     except (OSError, ValueError):
         return False
+    has_exports = not result.exports or _mark(result) in text
+    return f"run key: {result.run_key}" in text and has_exports
+
+
+def _mark(result: Result) -> str:
+    """Tells which exports the card speaks of; readers do not see it."""
+    return f"<!-- exports {fingerprint_text(json.dumps(result.exports, sort_keys=True))} -->"
 
 
 _ROLES = {"student": "this student", "undistilled": "not distilled", "teacher": "teacher"}
@@ -98,15 +109,24 @@ def _front_matter(
     return {key: value for key, value in front.items() if value}
 
 
-def _hub_corpora(settings: Settings) -> list[str]:
+def _corpora(settings: Settings) -> list[Corpus]:
+    """What the stages distilled on, or the task was made from."""
     corpora = [stage.settings.corpus for stage in settings.corpus_stages]
-    return [source.path for one in corpora for source in one.datasets if not is_there(source.path)]
+    return corpora or ([settings.corpus] if settings.has_task_of_corpus else [])
+
+
+def _hub_corpora(settings: Settings) -> list[str]:
+    sources = [source for corpus in _corpora(settings) for source in corpus.datasets]
+    return [source.path for source in sources if not is_there(source.path)]
 
 
 def _about(settings: Settings, result: Result, licence: Licence) -> str:
     teacher, student = settings.teacher, settings.chain[-1].settings.student
     source = teacher.path or teacher.package or teacher.hub_id
-    source = "random weights" if teacher.weights == "random" or source is None else source
+    if source is None or teacher.weights == "random":
+        source = "random weights"
+    elif is_there(source):  # where it lies here is nobody else's business
+        source = Path(source).name
     lines = [
         f"A {student.num_layers} x {student.hidden_size} {teacher.model_type} encoder, distilled"
         f" from {_plain(teacher.name)} ({_plain(source)})"
@@ -117,7 +137,9 @@ def _about(settings: Settings, result: Result, licence: Licence) -> str:
             ' where layers are "selected"'
         )
     if settings.recipe.name == "finetune":
-        lines = [f"The checkpoint {_plain(settings.student.path or '')}, fine-tuned."]
+        path = Path(settings.student.path or "")
+        name = path.parent.name if path.name == "student" else path.name
+        lines = [f"The checkpoint {_plain(name)}, fine-tuned."]
     lines += ["", f"- Licence: {_licence(licence)}"]
     lines += [f"- Data: {line}" for line in _data(settings)]
     lines += [f"- Seed: {settings.seed}", *_method(settings)]
@@ -142,9 +164,10 @@ def _data(settings: Settings) -> list[str]:
     """What was learnt from, with its licence where it says one."""
     lines = []
     if "corpus" not in settings.unread_groups:
-        for corpus in (stage.settings.corpus for stage in settings.corpus_stages):
+        for corpus in _corpora(settings):
             lines += [
-                f"the files {_plain(pattern)} (licence not known)" for pattern in corpus.files
+                f"the files {_plain(Path(pattern).name)} (licence not known)"
+                for pattern in corpus.files
             ]
             lines += [_data_set(source.path, source.revision) for source in corpus.datasets]
             if not corpus.files and not corpus.datasets:
@@ -156,13 +179,16 @@ def _data(settings: Settings) -> list[str]:
         elif getattr(task, "files", None) is not None:
             lines.append(f"task {_plain(name)}: files of the user (licence not known)")
         else:
-            lines.append(f"task {_plain(name)}: made from held-out text of the corpus")
+            made = "the corpus, labelled by the teacher"
+            if not isinstance(task, TeacherLabels):
+                made = "made from held-out text of the corpus"
+            lines.append(f"task {_plain(name)}: {made}")
     return list(dict.fromkeys(lines))
 
 
 def _data_set(path: str, revision: str | None) -> str:
     if is_there(path):
-        return f"the folder {_plain(path)} (licence not known)"
+        return f"the folder {_plain(Path(path).name)} (licence not known)"
     found = of_hub(path, revision, "dataset")
     licence = found.name or found.identifier or "licence not known"
     return f"{_plain(path)} ({_plain(licence)})"
@@ -272,7 +298,17 @@ def _config(settings: Settings) -> str:
     plain = as_dict(settings)
     for name in NEUTRAL:
         del plain[name]
-    return str(yaml.safe_dump(redact_all(plain), sort_keys=False))
+    return str(yaml.safe_dump(_without_folders(redact_all(plain)), sort_keys=False))
+
+
+def _without_folders(node: Any) -> Any:
+    """The same data with the last part only of each path from the root or from home."""
+    if isinstance(node, dict):
+        return {name: _without_folders(value) for name, value in node.items()}
+    if isinstance(node, list):
+        return [_without_folders(value) for value in node]
+    is_path = isinstance(node, str) and node.startswith(("/", "~", "./", "../"))
+    return Path(node).name if is_path else node
 
 
 def _fenced(text: str, language: str) -> str:

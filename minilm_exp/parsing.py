@@ -29,7 +29,7 @@ from minilm_exp.errors import ExperimentError, key_of, reason_of
 from minilm_exp.objective_settings import LabelTerm, LogitTerm, parse_terms, trains_head
 from minilm_exp.settings import Settings, Stage, StageGiven, Student, max_tokens
 from minilm_exp.task_settings import check_tasks, parse_changes, parse_tasks
-from minilm_exp.teacher_facts import is_there, pooling_of, read_facts
+from minilm_exp.teacher_facts import is_there, kind_of, pooling_of, read_facts
 
 
 def parse(
@@ -520,11 +520,15 @@ def _complete_teacher(
         if is_large
         else "the last, as in the papers for teachers of 12 layers"
     )
+    kind = kind_of(str(teacher.path), teacher.get("revision"))
+    if kind != "encoder" and config.recipe.name == "task_agnostic":
+        kept = {"classifier": "task_specific", "sentence_encoder": "sentence_encoder"}[kind]
+        kind += f", distilled as a plain encoder (recipe={kept} makes its student one, too)"
     heads = teacher.num_relation_heads
     adapted = "" if heads == wanted_heads else ", or the next lower number that divides both sizes"
     return [
-        f"teacher.path: facts read from its config.json; teacher layer {teacher.paper_layer} of"
-        f" {num_layers}: {which}",
+        f"teacher.path: {kind.replace('_', ' ', 1)}; facts read from its config.json; teacher layer"
+        f" {teacher.paper_layer} of {num_layers}: {which}",
         f"{heads} relation heads: MiniLMv2's {wanted_heads} for hidden sizes"
         f" {'above' if wanted_heads == 64 else 'up to'} 768{adapted}",
     ]

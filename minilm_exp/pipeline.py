@@ -135,7 +135,7 @@ def run_experiment(
             )
             _clear(Path(finished.folder))
             processes.tell_followers(None)
-            deliver(settings, Inputs(precision, inputs, splits), finished)
+            _deliver(settings, Inputs(precision, inputs, splits), finished, trial)
             return finished
         folder, interrupted = choose_folder(settings, key)
         left = take_folder(folder, settings.resume)
@@ -181,8 +181,18 @@ def run_experiment(
                 failure = ExperimentError(reason)
                 _record_failure(tracker, result, failure)
                 raise failure from error
-        deliver(settings, Inputs(precision, inputs, splits), result)
+        _deliver(settings, Inputs(precision, inputs, splits), result, trial)
     return result
+
+
+def _deliver(settings: Settings, inputs: Inputs, result: Result, trial: Trial | None) -> None:
+    """A trial has its score whether or not what is made of it could be made."""
+    try:
+        deliver(settings, inputs, result)
+    except ExperimentError as error:
+        if trial is None:
+            raise
+        _log.warning("%s is finished, but: %s", result.folder, redact(str(error)))
 
 
 def _reason_in_others(error: BaseException) -> str | None:

@@ -170,6 +170,8 @@ def _proxy(settings: Settings) -> dict[str, int] | None:
 def _changed(config: DictConfig, changes: dict[str, Any]) -> DictConfig:
     given = config.copy()
     with open_dict(given):
+        # What has just been measured counts for all of them.
+        given.student.budget.remeasure = False
         for name, value in changes.items():
             OmegaConf.update(given, name, value, merge=False)
     return given

@@ -221,7 +221,8 @@ class _Exporting:
             corpus = open_corpus(settings, tokenizer, self.fingerprints["corpus"])
             documents = corpus.held_out_documents()
         teacher = None
-        if settings.teacher.head == "own" and settings.tasks:
+        reads_teacher = "teacher" in self.fingerprints
+        if settings.teacher.head == "own" and settings.tasks and reads_teacher:
             classifier = load_classifier(settings.teacher)
             tokenizer = load_tokenizer(settings.teacher)
             teacher = Model(classifier, tokenizer, classifier=classifier)

@@ -166,6 +166,8 @@ def _points(settings: Settings, result: Result) -> list[Point]:
     if not is_over_teacher:
         points.append(Point(f"baseline {result.baseline}", 1.0, None))
         return points
+    if settings.runtime.device != "cpu":
+        return points  # exports are timed on the CPU
     for measured in result.exports.values():
         for name, facts in measured["models"].items():
             scores = {

@@ -67,11 +67,12 @@ def read_pooling(folder: Path) -> Pooling | None:
     return Pooling(_MODES[modes[0]], "Normalize" in kinds)
 
 
-def keep_modules(source: Path, target: Path) -> None:
-    """Copies the modules of a sentence encoder to a student of the same hidden size.
+def check_modules(source: Path) -> list[str]:
+    """The folders of a sentence encoder's modules, if a student can keep them.
 
     Raises:
-        ExperimentError: modules.json cannot be read, or names code or files from elsewhere.
+        ExperimentError: modules.json cannot be read, or names code, files from elsewhere, or an
+            encoder that does not lie beside it.
     """
     named = f"teacher.path: {source / 'modules.json'}"
     try:
@@ -79,23 +80,38 @@ def keep_modules(source: Path, target: Path) -> None:
         places = [(_kind(module), str(module["path"])) for module in modules]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExperimentError(f"{named} cannot be read as a list of modules: {error}") from error
+    folders = [place for _, place in places if place]
     for kind, place in places:
-        is_inside = place == Path(place).name and place not in ("..", ".")
-        if kind not in _KINDS or not (is_inside or place == ""):
+        # The student's own encoder takes the place of the teacher's.
+        is_root = place == "" and kind == "Transformer"
+        is_inside = place == Path(place).name and place not in ("..", ".", "") and "\0" not in place
+        is_single = folders.count(place) <= 1
+        if kind not in _KINDS or not (
+            is_root or (is_inside and is_single and kind != "Transformer")
+        ):
             raise ExperimentError(
                 f"{named} has the module {kind} in {place!r:.100}: only"
-                f" {', '.join(_KINDS)} of sentence-transformers, in folders of their own, are kept;"
-                " take it out, or use recipe=task_agnostic"
+                f" {', '.join(_KINDS)} of sentence-transformers are kept, in folders of their own,"
+                " and the Transformer in the folder itself: take it out of modules.json"
             )
+    return folders
+
+
+def keep_modules(source: Path, target: Path) -> None:
+    """Copies the modules of a sentence encoder to a student of the same hidden size.
+
+    Raises:
+        ExperimentError: They are not what can be kept, see `check_modules`.
+    """
+    folders = check_modules(source)
     for name in _FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    for _, place in places:
-        if place:
-            (target / place).mkdir()  # some have no file of their own
-            for file in sorted((source / place).glob("*")):
-                if file.suffix in (".json", ".safetensors") and file.is_file():
-                    shutil.copyfile(file, target / place / file.name)
+    for place in folders:
+        (target / place).mkdir()  # some have no file of their own
+        for file in sorted((source / place).glob("*")):
+            if file.suffix in (".json", ".safetensors") and file.is_file():
+                shutil.copyfile(file, target / place / file.name)
 
 
 def _kind(module: dict[str, Any]) -> str:

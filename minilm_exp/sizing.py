@@ -176,6 +176,7 @@ def _reasons(
         f" same without measuring: student.num_layers={student.num_layers}"
         f" student.hidden_size={student.hidden_size}"
         f" student.num_attention_heads={student.num_attention_heads}"
+        f" student.intermediate_size={student.intermediate_size or 'null'}"
     ]
     notes += [f"student.budget: not taken, {reason}" for reason in refused]
     width = settings.teacher.hidden_size

@@ -31,6 +31,7 @@ from minilm_exp.provenance import (
     fingerprint_tokenizer,
 )
 from minilm_exp.result import write_json
+from minilm_exp.sentence_modules import check_modules
 from minilm_exp.settings import Settings, Stage
 from minilm_exp.states import QKV, State, StateTap, state_size
 from minilm_exp.student import (
@@ -162,6 +163,9 @@ class Chain:
             ExperimentError: One of them cannot be made.
         """
         models: dict[str, PreTrainedModel] = {"teacher": self.teacher}
+        modules = sentence_modules_of(self.settings.teacher)
+        if modules is not None:
+            check_modules(modules)  # a student may keep them
         tokenizer = self._tokenizers["teacher"]
         for stage in self.settings.chain:
             settings = stage.settings

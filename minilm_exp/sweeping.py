@@ -375,6 +375,7 @@ def _plan(config: DictConfig, cell: dict[str, Any], is_cell: bool) -> Plan:
     try:
         with read_write(composed), open_dict(composed):
             del composed["hydra"]
+            OmegaConf.update(composed, "student.budget.remeasure", False)
         settings = settings_of(composed, True, typed)
         return Plan(estimate_seconds(settings), find_finished(settings) if is_cell else None)
     except (ExperimentError, OmegaConfBaseException) as error:

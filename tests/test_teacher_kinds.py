@@ -7,6 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from datasets import Dataset
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -18,6 +19,9 @@ from minilm_exp.errors import ExperimentError
 from minilm_exp.hub import hub_commit
 from minilm_exp.pipeline import run_experiment
 from minilm_exp.sentence_modules import Pooling, keep_modules, read_pooling
+from minilm_exp.task_settings import TeacherLabels
+from minilm_exp.tasks.examples import Examples, TaskData
+from minilm_exp.tasks.teacher_labels import _numbers, make_teacher_labels
 from minilm_exp.teacher_facts import kind_of, modules_folder, pooling_of
 from tests.running import assert_told_simply, results, run
 
@@ -148,6 +152,9 @@ def test_damaged_modules_are_told(tmp_path, content):
         {"path": "/etc", "type": "sentence_transformers.models.Pooling"},
         {"path": "..", "type": "sentence_transformers.models.Pooling"},
         {"path": "1_Pooling", "type": "evil.Pooling"},
+        {"path": "0_Transformer", "type": "sentence_transformers.models.Transformer"},
+        {"path": "a\0b", "type": "sentence_transformers.models.Pooling"},
+        {"path": "", "type": "sentence_transformers.models.Pooling"},
         {"path": "1_Pooling", "type": "sentence_transformers.models.CLIPModel"},
     ],
 )
@@ -249,7 +256,7 @@ def test_own_data_in_the_words_of_the_teacher(classifier, texts, tmp_path):
 
     file.write_text(file.read_text().replace("cold", "icy"))
     refused = run(outputs, *given)
-    assert_told_simply(refused, "teacher.head=own", "'icy'", "Cold, Warm, Hot")
+    assert_told_simply(refused, "teacher.head=own", "icy", "Cold, Warm, Hot")
 
 
 @pytest.mark.parametrize(
@@ -293,3 +300,35 @@ def test_modules_come_from_the_hub_too(sentence_encoder, tmp_path, monkeypatch):
     assert pooling_of("org/encoder", None) == "mean"
     assert modules_folder("org/other", None) is None
     hub_commit.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("asked", "number", "names", "found"),
+    [
+        (["a", "b"], 2, ["b", "a"], [1, 0]),
+        (["neg", "POS"], 2, ["NEG", "Pos", "other"], [0, 1]),
+        (["0", "1"], 2, ["LABEL_0", "LABEL_1"], [0, 1]),
+        (["0", "1"], 2, ["1", "0"], [1, 0]),
+        (None, 2, ["x", "y", "z"], [0, 1]),
+        (None, 3, ["x", "y"], None),
+        (["pos", "POS"], 2, ["Pos", "neg"], None),
+        (["pos", "new"], 2, ["pos", "neg"], None),
+        (["x"], 1, ["x", "x"], None),
+    ],
+)
+def test_labels_are_matched(asked, number, names, found):
+    """Two classes of the data in one of the teacher's, or a name that is taken for a number."""
+    rows = Examples(Dataset.from_dict({"first": [], "label": []}), "")
+    assert _numbers(TaskData(rows, {}, {}, number, asked), names) == found
+
+
+def test_held_out_sentences_are_not_learnt(tmp_path):
+    """A sentence that stands in many documents, learnt and asked for."""
+    held_out = [f"Shared line. Held out {number}." for number in range(10)]
+    others = [f"Shared line. Another one {number}." for number in range(30)]
+    task = TeacherLabels(1, 12, 100)
+    data = make_teacher_labels([*others, *held_out], held_out, "sentence", task)
+    train, asked = (set(part.rows["first"][:]) for part in (data.train, data.validation[""]))
+    assert len(train) == 12 and len(asked) == 11 and not train & asked
+    everything = make_teacher_labels(others, held_out, "sentence", TeacherLabels(1, 1000, 100))
+    assert train <= set(everything.train.rows["first"][:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -56,20 +57,12 @@ def make_teacher_labels(
     Raises:
         ExperimentError: There are too few.
     """
-    left_out = set(held_out)
-    parts = (
-        (task.num_train, (text for text in documents if text not in left_out)),
-        (task.num_validation, iter(held_out)),
-    )
+    validation = _lowest(held_out, split, task.num_validation, set())
+    # A sentence of a held-out document may stand in others too.
+    known = {piece for text in held_out for piece in _pieces(text, split)}
+    train = _lowest(documents, split, task.num_train, known | set(held_out))
     examples = []
-    for number, given in parts:
-        texts = {
-            piece.strip()
-            for text in given
-            for piece in (sentences(text) if split == "sentence" else [text])
-        }
-        texts.discard("")
-        chosen = sorted(texts, key=lambda text: xxhash.xxh3_64_intdigest(text.encode()))[:number]
+    for chosen in (train, validation):
         rows = {"first": chosen, "label": [0] * len(chosen)}
         examples.append(Examples(Dataset.from_dict(rows), fingerprint_text(repr(chosen))))
     if min(map(len, examples)) < _FEWEST:
@@ -79,6 +72,23 @@ def make_teacher_labels(
             " corpus.held_out_fraction, or set corpus.split=sentence"
         )
     return TaskData(examples[0], {"": examples[1]}, {}, 2)
+
+
+def _pieces(document: str, split: str) -> list[str]:
+    pieces = sentences(document) if split == "sentence" else [document]
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def _lowest(documents: Iterable[str], split: str, number: int, known: set[str]) -> list[str]:
+    """So many texts with the lowest hashes, without those that are known."""
+    hashes: dict[str, int] = {}
+    for document in documents:
+        for piece in _pieces(document, split):
+            if piece not in known:
+                hashes[piece] = xxhash.xxh3_64_intdigest(piece.encode())
+        if len(hashes) > 2 * number:  # a corpus may be larger than memory
+            hashes = dict(heapq.nsmallest(number, hashes.items(), key=lambda one: one[1]))
+    return [text for text, _ in heapq.nsmallest(number, hashes.items(), key=lambda one: one[1])]
 
 
 def label(
@@ -121,8 +131,8 @@ def label(
 def in_names_of_teacher(name: str, data: TaskData, classifier: PreTrainedModel) -> TaskData:
     """The same examples, labelled by the teacher's numbers and names of the classes.
 
-    So the student can take the teacher's place. Names are compared without regard to case; labels
-    that are numbers are taken for the teacher's.
+    So the student can take the teacher's place. Labels are matched by name, else by name without
+    regard to case, else by number where they are numbers.
 
     Raises:
         ExperimentError: The task has a class that the teacher does not know.
@@ -135,17 +145,13 @@ def in_names_of_teacher(name: str, data: TaskData, classifier: PreTrainedModel) 
         )
     if len(names) == 1:
         return data
-    numbers = {other.casefold(): number for number, other in enumerate(names)}
-    asked = data.label_names or [str(number) for number in range(data.num_labels)]
-    if data.label_names is None:
-        numbers |= {str(number): number for number in range(len(names))}
-    unknown = [other for other in asked if other.casefold() not in numbers]
-    if unknown:
+    new = _numbers(data, names)
+    if new is None:
+        asked = data.label_names or [str(number) for number in range(data.num_labels)]
         raise ExperimentError(
-            f"teacher.head=own: task={name} has the label {unknown[0]!r:.60}, which the teacher"
-            f" does not know; it has {', '.join(names)}: name them alike, or set teacher.head=new"
+            f"teacher.head=own: task={name} has the labels {', '.join(asked)}, of which not each is"
+            f" one of the teacher's, {', '.join(names)}: name them alike, or set teacher.head=new"
         )
-    new = [numbers[other.casefold()] for other in asked]
 
     def renamed(examples: Examples) -> Examples:
         rows = examples.rows.map(lambda row: {"label": new[row["label"]]})
@@ -158,3 +164,17 @@ def in_names_of_teacher(name: str, data: TaskData, classifier: PreTrainedModel) 
         len(names),
         names,
     )
+
+
+def _numbers(data: TaskData, names: list[str]) -> list[int] | None:
+    """The teacher's number of each label of a task; None where one has none, or two have one."""
+    if data.label_names is None:
+        return list(range(data.num_labels)) if data.num_labels <= len(names) else None
+    numbered = [str(number) for number in range(len(names))]
+    for fold, known in ((str, names), (str.casefold, names), (str, numbered)):
+        numbers = {fold(name): number for number, name in enumerate(known)}
+        asked = [fold(name) for name in data.label_names]
+        is_unique = len(numbers) == len(known) and len(set(asked)) == len(asked)
+        if is_unique and set(asked) <= numbers.keys():
+            return [numbers[name] for name in asked]
+    return None
