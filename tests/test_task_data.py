@@ -12,6 +12,7 @@ import pyarrow
 import pytest
 from conftest import REPOSITORY
 from datasets import Dataset
+from omegaconf import OmegaConf
 from pyarrow import parquet
 
 from minilm_exp.errors import ExperimentError
@@ -22,7 +23,8 @@ from minilm_exp.tasks import tables as tables_module
 from minilm_exp.tasks.data import load_task
 from minilm_exp.tasks.splits import find_splits
 
-NO_DATA = {"none", "glue", "next_passage", "next_passage_smoke", "text_classification"}
+NO_DATA = {"none", "glue", "next_passage", "next_passage_smoke", "teacher_labels",
+           "text_classification"}  # fmt: skip
 TASKS = sorted({path.stem for path in (REPOSITORY / "conf" / "task").glob("*.yaml")} - NO_DATA)
 ANSWER = {"text": ["b"], "answer_start": [2]}
 SQUAD = {"id": ["1"], "question": ["which?"], "context": ["a b c"], "answers": [ANSWER]}
@@ -32,7 +34,8 @@ SQUAD = {"id": ["1"], "question": ["which?"], "context": ["a b c"], "answers": [
 def all_tasks(compose_config):
     config = compose_config(f"task=[{','.join([*TASKS, 'text_classification'])}]")
     config.tasks.text_classification.files.train = "none"
-    return parse_tasks(config.tasks)
+    config.teacher.pooling = "mean"  # as read of a teacher
+    return parse_tasks(OmegaConf.to_container(config.tasks, resolve=True))
 
 
 @pytest.fixture

@@ -1255,7 +1255,7 @@ from types import ModuleType
 from unittest.mock import MagicMock
 from minilm_exp.errors import ExperimentError
 
-def run_experiment(settings, num_cells, num_seeds, trial):
+def run_experiment(settings, num_cells, num_seeds, trial, asked):
     print("cells", num_cells * num_seeds)
     raise ExperimentError("enough")
 
@@ -1313,7 +1313,7 @@ def run_module(monkeypatch):
     """run.py as a module."""
     monkeypatch.syspath_prepend(REPOSITORY)
     # Another test may have registered it, and nothing is composed here.
-    monkeypatch.setattr(OmegaConf, "register_resolver", lambda *_: None)
+    monkeypatch.setattr(OmegaConf, "register_resolver", lambda *_, **__: None)
     import run
 
     return run
