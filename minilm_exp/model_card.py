@@ -50,13 +50,13 @@ def write_model_card(folder: Path, settings: Settings, result: Result, task: str
         _table(["validation loss", "value"], _losses(result)),
         _table(["task", "metric", *_ROLES.values()], _scores(settings, result)),
         _exports(result),
+        _mark(result) if result.exports else "",
         _warning(result.untrained if task is None else []),
         "## Use",
         _use(folder, settings, task),
         "## Config",
         _fenced(_config(settings), "yaml"),
     ]
-    parts += [_mark(result)] if result.exports else []
     text = "\n\n".join(part.strip("\n") for part in parts if part)
     (folder / "README.md").write_text(f"---\n{front}---\n\n{redact(text)}\n", encoding="utf-8")
 
