@@ -229,7 +229,11 @@ def _parse(config: DictConfig, teacher_was_chosen: bool, typed: set[str]) -> Set
 
         return parse(config, teacher_was_chosen, typed)
     _quiet_libraries()
+    from minilm_exp.pushing import check_push
     from minilm_exp.sizing import print_candidates, settings_of
+
+    if config.push_to is not None:
+        check_push(str(config.push_to))  # before minutes go into measuring
 
     settings = settings_of(config, teacher_was_chosen, typed)
     print_candidates(settings)

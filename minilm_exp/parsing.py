@@ -518,7 +518,7 @@ def _complete_teacher(
     which = (
         "upper middle, round(5/6 of them), as the papers take layer 21 or 19 of 24"
         if is_large
-        else "the last, as in the papers for teachers of 12 layers"
+        else "the last; the papers take another one of large teachers only"
     )
     kind = kind_of(str(teacher.path), teacher.get("revision"))
     if kind != "encoder" and config.recipe.name == "task_agnostic":

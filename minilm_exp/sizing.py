@@ -40,6 +40,8 @@ _log = logging.getLogger(__name__)
 _LATENCY_BATCH, _LATENCY_LENGTH = 1, 128
 # Rounds in which every model reads the same batch: as many as fit in a minute, of these numbers.
 _FEWEST_ROUNDS, _MOST_ROUNDS, _SECONDS = 5, 21, 60.0
+# Where nothing is decided by time.
+_UNTIMED_ROUNDS = 2
 _MOST_TOKENS = 2**20
 _SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 
@@ -205,6 +207,7 @@ def _measured(settings: Settings, candidates: list[Shape]) -> list[Candidate]:
         _facts(settings.teacher),
         [asdict(shape) for shape in candidates],
         _batch_form(settings),
+        _is_timed(budget),
         num_tokens,
         threads,
         settings.runtime.device,
@@ -227,6 +230,10 @@ def _measured(settings: Settings, candidates: list[Shape]) -> list[Candidate]:
         measured = _measure(settings, teacher, candidates, num_tokens, threads)
         write_json(file, [asdict(candidate) for candidate in measured])
     return measured
+
+
+def _is_timed(budget: Budget) -> bool:
+    return budget.speedup is not None or budget.latency_ms is not None
 
 
 def _facts(teacher: Teacher) -> dict[str, Any]:
@@ -339,6 +346,8 @@ def _rounds(settings: Settings, models: list[PreTrainedModel]) -> list[list[floa
             else:
                 fitting = int(_SECONDS / sum(took))
                 number = min(_MOST_ROUNDS, max(_FEWEST_ROUNDS, fitting))
+                if not _is_timed(settings.student.budget):
+                    number = _UNTIMED_ROUNDS
                 bar.total = number
             done += 1
     return seconds

@@ -108,10 +108,16 @@ def test_repeated_command_has_the_same_student(config_for, clock, monkeypatch):
     assert len(clock) == measured
     assert again.candidates == first.candidates
     # Another budget is another choice from the same table.
-    other = sized(config_for("student.budget.params=14k"))
+    other = sized(config_for("student.budget.speedup=2.2", "student.budget.params=14k"))
     assert len(clock) == measured and other.candidates[0]["milliseconds"] > 0
     sized(config_for("student.budget.speedup=1.6", "student.budget.remeasure=true"))
     assert len(clock) == 2 * measured
+
+
+def test_parameters_alone_need_no_timing(config_for, clock):
+    """Minutes of measuring for what can be counted."""
+    settings = sized(config_for("student.budget.params=14k"))
+    assert len(clock) == 3 * (len(settings.candidates) + 1)
 
 
 def test_damaged_record_is_measured_again(config_for, clock, tmp_path):
