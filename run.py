@@ -96,10 +96,7 @@ def _recipe_of_kind(overrides: list[str]) -> list[str]:
     path, revision = given.get("teacher.path"), given.get("teacher.revision")
     if given.get("experiment") != "compress" or not isinstance(path, str) or "recipe" in given:
         return []
-    try:
-        kind = kind_of(path, revision if isinstance(revision, str) else None)
-    except ExperimentError:
-        return []  # it is told when the settings are read
+    kind = kind_of(path, revision if isinstance(revision, str) else None)
     if kind == "classifier" and given.get("teacher.head") == "new":
         return []
     return [one for one in OF_KIND[kind] if one.split("=")[0] not in given]
