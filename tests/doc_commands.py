@@ -41,7 +41,7 @@ SHOWN = (
     "model                         layers",
     "run folder ",
     "mean ± standard deviation",
-    "3700 passed",
+    "4086 passed",
     "part of a step",
     "layers x hidden  heads",
     "text ---> tokens",
