@@ -456,7 +456,7 @@ def writer(folder):
     done = run(folder / "outputs", *arguments, cwd=folder)
     assert done.status == 0, done.both
     (made,) = (folder / "outputs" / "runs").glob("finetune-*/models/xsum-student")
-    shutil.copytree(made, folder / "outputs/runs/RUN/models/xsum-student")
+    shutil.copytree(made.parents[1], folder / "outputs/runs/RUN")
 
 
 def smaller(arguments, folder):
@@ -498,6 +498,13 @@ def smaller(arguments, folder):
         }  # fmt: skip
     if settings.recipe.models == ["student", "undistilled", "teacher"]:
         more["recipe.models"] = "[student]"
+    if "teacher_labels" in settings.tasks:
+        more |= {
+            "task_training.max_train_examples": 60,
+            "task_training.max_validation_examples": 60,
+        }
+    if "student.budget.search=quick" in arguments:
+        more["training.max_steps"] = 120
     if "sweeps=search" in arguments:
         more["num_trials"] = 2
     # A single value would take the place of what the grid varies.
