@@ -292,8 +292,7 @@ def _distil_and_score(
     if "corpus" in inputs:
         corpus = chain.open_corpus(settings, tokenizer, inputs["corpus"])
         tracker.log_dataset("corpus", corpus.fingerprint, str(corpus.folder), "training")
-    classifier = load_classifier(settings.teacher) if settings.teacher.head == "own" else None
-    own = Model(teacher, tokenizer, classifier=classifier)
+    own = Model(teacher, tokenizer, classifier=_own_classifier(settings))
     tasks = _load_tasks(settings, splits, corpus, tracker, own)
     if settings.task_stages:
         scoring.stages = _task_stages(settings, untrained, own)
@@ -348,8 +347,8 @@ def _score_checkpoint(
         models["student"] = Model(*checkpoint, head)
     if "teacher" in settings.recipe.models:
         encoder, tokenizer = load_encoder(settings.teacher), load_tokenizer(settings.teacher)
-        classifier = load_classifier(settings.teacher) if settings.teacher.head == "own" else None
-        models["teacher"] = Model(encoder, tokenizer, _teacher_lm_head(settings), classifier)
+        head, classifier = _teacher_lm_head(settings), _own_classifier(settings)
+        models["teacher"] = Model(encoder, tokenizer, head, classifier)
     corpus = None
     if "corpus" in inputs:
         tokenizer = next(iter(models.values())).tokenizer
@@ -361,6 +360,10 @@ def _score_checkpoint(
 
 def _writes(settings: Settings) -> bool:
     return any(task.kind == "generation" for task in settings.tasks.values())
+
+
+def _own_classifier(settings: Settings) -> PreTrainedModel | None:
+    return load_classifier(settings.teacher) if settings.teacher.head == "own" else None
 
 
 def _teacher_lm_head(settings: Settings) -> dict[str, Tensor]:

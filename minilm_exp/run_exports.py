@@ -50,7 +50,7 @@ def make_exports(
     splits: dict[str, Splits],
     result: Result,
     tracker: Tracker | None,
-) -> bool:
+) -> None:
     """Exports the run's encoder and the models of its tasks that were kept.
 
     What lies whole in exports/ is not made again. All exports of a model are measured anew with
@@ -63,13 +63,9 @@ def make_exports(
         result: Of the run; takes what was measured and is written.
         tracker: Of the run.
 
-    Returns:
-        Whether something was made.
-
     Raises:
         ExperimentError: An architecture cannot be exported.
     """
-    made = False
     for name, source in _sources(settings, Path(result.folder)):
         known = result.exports.get(name, {}).get("fingerprints", {})
         folder = Path(result.folder) / "exports" / name
@@ -78,7 +74,6 @@ def make_exports(
         missing = [one for one in settings.export if one not in whole]
         if not missing:
             continue
-        made = True
         exporting = _Exporting(settings, fingerprints, splits, name, source, folder)
         for one in missing:
             _log.info("export: %s as %s", name, one)
@@ -92,7 +87,6 @@ def make_exports(
             _record(tracker, name, result.exports[name]["models"])
             for one in missing:
                 tracker.log_artifact(folder / one, f"exports/{name}/{one}")
-    return made
 
 
 def _sources(settings: Settings, folder: Path) -> Iterator[tuple[str, Path]]:
@@ -214,17 +208,15 @@ class _Exporting:
         names = [self.name] if self._task is not None else []
         names = names or [name for name, task in tasks.items() if task.kind == "similarity"]
         settings = replace(self.settings, tasks={name: tasks[name] for name in names})
+        reads_teacher = "teacher" in self.fingerprints
+        tokenizer = load_tokenizer(settings.teacher) if reads_teacher else self._loaded[1]
         documents = []
         if settings.has_task_of_corpus:
-            has_teacher = "teacher" in self.fingerprints
-            tokenizer = load_tokenizer(settings.teacher) if has_teacher else self._loaded[1]
             corpus = open_corpus(settings, tokenizer, self.fingerprints["corpus"])
             documents = corpus.held_out_documents()
         teacher = None
-        reads_teacher = "teacher" in self.fingerprints
         if settings.teacher.head == "own" and settings.tasks and reads_teacher:
             classifier = load_classifier(settings.teacher)
-            tokenizer = load_tokenizer(settings.teacher)
             teacher = Model(classifier, tokenizer, classifier=classifier)
         jobs = {}
         for name, data in load_tasks(settings, self.splits, documents, teacher).items():
